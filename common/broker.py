@@ -1,0 +1,515 @@
+"""The task's life on Redis: submit, claim, beat, progress, finish, release, cancel, reap, and what can be seen of it.
+
+Every transition is one Lua script of `lua/`: atomic, and safe to send twice. All methods raise RedisUnavailable when
+Redis stays away longer than the broker's patience.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import redis
+
+from common import keys
+from common.connection import connect, patiently, transient
+from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
+from common.schemas import (
+    PRIORITIES,
+    Attempt,
+    ImageRef,
+    QueueDepth,
+    ResolvedRequest,
+    StageTimings,
+    TaskError,
+    TaskRecord,
+    TaskStatus,
+    TaskSummary,
+    WorkerCard,
+)
+from common.settings import Settings
+
+T = TypeVar("T")
+Verdict = Literal["ok", "cancel", "lost"]
+FOREVER = math.inf
+CAPACITY_TTL_S = 2.0  # how long the number of workers a model has is taken as known
+REAP_BATCH = 100
+BELL_WAIT_S = 1.0  # an idle worker looks up this often; the bell has a longer socket time-out of its own
+RECONCILE_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewTask:
+    """A task on its way in. `cost` is megapixels x steps x pictures, what fair sharing counts."""
+
+    task_id: str
+    tenant: str
+    request: ResolvedRequest
+    request_id: str = ""
+    idempotency_key: str = ""
+    body_hash: str = ""
+
+    @property
+    def cost(self) -> float:
+        request = self.request
+        return request.width * request.height / 1e6 * request.steps * request.n
+
+
+class Submitted(NamedTuple):
+    """What became of a submit: the task's id, whether this call made it, the tasks before it, and seconds until it is done."""
+
+    task_id: str
+    created: bool
+    position: int
+    eta_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claimed:
+    """A task that this worker holds, under the fence of this attempt."""
+
+    task_id: str
+    fence: int
+    queue: str
+    request: ResolvedRequest
+    request_id: str
+    queued_ms: int
+    deadline_in_s: float | None
+
+
+class Claim(NamedTuple):
+    """The answer to a claim; `suspended` while an operator has paused the fleet with `rq suspend`."""
+
+    tasks: Sequence[Claimed]
+    suspended: bool
+
+
+class Hold(NamedTuple):
+    """A worker's claim to one task: id and fence."""
+
+    task_id: str
+    fence: int
+
+
+class Reaped(NamedTuple):
+    """A run taken back from a dead or silent worker, and what was done with it."""
+
+    task_id: str
+    outcome: Literal["requeued", "quarantined", "canceled"]
+    worker: str
+    request_id: str
+
+
+class Event(NamedTuple):
+    """Something happened to a task: a state's name, or `progress`."""
+
+    task_id: str
+    name: str
+    step: int
+    steps: int
+
+
+class Broker:
+    """One process's way to Redis. Safe to share between threads and greenlets."""
+
+    def __init__(self, settings: Settings, *, patience_s: float | None = None) -> None:
+        """Connects lazily. `patience_s` is how long a call tries before RedisUnavailable."""
+        self._settings = settings
+        self._patience_s = settings.redis_patience_s if patience_s is None else patience_s
+        self._timeout_s = settings.redis_timeout_s
+        # Any: redis-py types every reply as possibly bytes or awaitable, which these clients never give
+        self._redis: Any = connect(settings.redis_url, timeout_s=self._timeout_s)
+        self._bell: Any = connect(settings.redis_url, timeout_s=BELL_WAIT_S + self._timeout_s, pool_size=1)
+        self._retention_ms = int(settings.retention_days * 86_400_000)
+        self._capacity: dict[str, int] = {}
+        self._capacity_until = 0.0
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._redis.close()
+        self._bell.close()
+
+    # The gateway's side
+
+    def submit(self, task: NewTask) -> Submitted:
+        """Accept a task, once per id and per Idempotency-Key; raises QueueFull, IdempotencyConflict."""
+        request = task.request
+        queue = keys.queue_name(request.model, request.priority, task.tenant)
+        idempotency = hashlib.sha256(task.idempotency_key.encode()).hexdigest() if task.idempotency_key else ""
+        deadline_ms = int(request.deadline_s * 1000) if request.deadline_s else 0
+        job = json.dumps(["zfleet.task", None, [task.task_id], {}])
+        reply = self._run(
+            "submit", task.task_id, task.tenant, request.model, request.priority, queue, self._settings.queue_cap,
+            task.cost, self._retention_ms, deadline_ms, request.n, request.steps, request.model_dump_json(),
+            task.request_id, job, idempotency, task.body_hash,
+        )  # fmt: skip
+        if reply[0] == "full":
+            raise QueueFull(f"queue {queue} holds {reply[1]} tasks, its cap; try again later")
+        if reply[0] == "conflict":
+            raise IdempotencyConflict(f"this Idempotency-Key already made task {reply[1]} from another body")
+        return Submitted(reply[1], reply[0] == "created", reply[2], self._estimate(request.model, reply[2], reply[3]))
+
+    def view(self, task_id: str) -> TaskRecord | None:
+        """Return a task's record, with its place in line while it is queued; None for an unknown id."""
+        reply = self._run("view", task_id)
+        if not reply:
+            return None
+        fields, position, pace = reply
+        record = dict(zip(fields[::2], fields[1::2], strict=True))
+        return _record(record, None if position < 0 else position, self._eta(record, position, pace))
+
+    def cancel(self, task_id: str, tenant: str) -> Literal["canceled", "flagged", "final", "unknown"]:
+        """Cancel a task: a queued one is gone at once, a running one is flagged and stops at its next step."""
+        outcome: Literal["canceled", "flagged", "final", "unknown"] = self._run(
+            "cancel", task_id, tenant, self._retention_ms
+        )
+        return outcome
+
+    def tasks(
+        self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
+    ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
+        """Return a tenant's tasks, newest first, and where the next page begins (None at the end).
+
+        `before` is such a place, from an earlier page.
+        """
+        found: list[TaskSummary] = []
+        chunk = max(limit, 50)
+        while True:
+            rows = self._tasks_before(tenant, before, chunk)
+            for task_id, score, fields in rows:
+                before = (score, task_id)
+                if fields[0] is None or (status and fields[0] != status):
+                    continue
+                found.append(_summary(task_id, fields))
+                if len(found) == limit:
+                    return found, before
+            if len(rows) < chunk:
+                return found, None
+
+    def _tasks_before(
+        self, tenant: str, before: tuple[int, str] | None, count: int
+    ) -> list[tuple[str, int, list[str | None]]]:
+        key = keys.TENANT_TASKS + tenant
+        highest: float | str = before[0] if before else "+inf"
+
+        def read() -> list[tuple[str, int, list[str | None]]]:
+            offset = 0
+            if before:  # step over what the page before has shown of this very millisecond
+                rank = self._redis.zrevrank(key, before[1])
+                first = self._redis.zcount(key, f"({before[0]}", "+inf")
+                offset = 0 if rank is None else int(rank) + 1 - int(first)
+            ids = self._redis.zrevrangebyscore(key, highest, "-inf", start=offset, num=count, withscores=True)
+            pipeline = self._redis.pipeline(transaction=False)
+            for task_id, _ in ids:
+                pipeline.hmget(keys.TASK + task_id, "status", "model", "created_at", "finished_at")
+            return [(i, int(score), fields) for (i, score), fields in zip(ids, pipeline.execute(), strict=True)]
+
+        return self._patiently(read)
+
+    def queues(self) -> list[QueueDepth]:
+        """Return every queue with its depth, its running tasks and the age of its oldest one."""
+
+        def read() -> list[QueueDepth]:
+            names = sorted(key.removeprefix(keys.RQ_QUEUE) for key in self._redis.smembers(keys.RQ_QUEUES))
+            pipeline = self._redis.pipeline(transaction=False)
+            for name in names:
+                pipeline.llen(keys.RQ_QUEUE + name)
+                pipeline.zcard(keys.RQ_STARTED + name)
+                pipeline.lindex(keys.RQ_QUEUE + name, 0)
+            replies = pipeline.execute()
+            for oldest in replies[2::3]:
+                pipeline.hget(keys.TASK + (oldest or ""), "created_at")
+            ages = pipeline.execute() if names else []
+            now = self._now_ms()
+            rows = zip(names, replies[0::3], replies[1::3], ages, strict=True)
+            return [depth for row in rows if (depth := _depth(*row, now))]
+
+        return self._patiently(read)
+
+    def pending(self) -> int:
+        """Return how many tasks are not final yet."""
+        return self._patiently(lambda: int(self._redis.zcard(keys.OPEN)))
+
+    def workers(self) -> list[WorkerCard]:
+        """Return the card of every live worker, by name."""
+
+        def read() -> list[WorkerCard]:
+            names = sorted(self._redis.zrange(keys.WORKERS, 0, -1))
+            if not names:
+                return []
+            cards = self._redis.mget([keys.CARD + name for name in names])
+            gone = [name for name, card in zip(names, cards, strict=True) if card is None]
+            if gone:
+                self._redis.zrem(keys.WORKERS, *gone)
+            return [WorkerCard.model_validate_json(card) for card in cards if card is not None]
+
+        return self._patiently(read)
+
+    def capacity(self, model: str) -> int:
+        """Return how many runs of this model the fleet can advance together, as of the last two seconds."""
+        if time.monotonic() >= self._capacity_until:
+            self._capacity_until = time.monotonic() + CAPACITY_TTL_S
+            fresh: dict[str, int] = {}
+            for card in self.workers():
+                for name in card.models:
+                    fresh[name] = fresh.get(name, 0) + card.capacity
+            self._capacity = fresh
+        return self._capacity.get(model, 0)
+
+    def eta_seconds(self, task_id: str, model: str, position: int) -> float | None:
+        """Return the estimated seconds until a task with so many before it is done; None while nothing is known."""
+        pace = self._patiently(lambda: self._redis.hget(keys.PACE, model))
+        return self._estimate(model, position, pace)
+
+    def probe(self) -> None:
+        """Write to Redis and read it back, or raise RedisUnavailable."""
+        self._patiently(lambda: self._redis.set(keys.PROBE, secrets.token_hex(4), ex=keys.PROBE_TTL_S))
+
+    def events(self, stop: Callable[[], bool]) -> Iterator[Event | None]:
+        """Yield what happens to any task, until `stop`; None once a (re-)subscription stands, as things may be missed.
+
+        One subscription serves a whole process. It reconnects for ever.
+        """
+        while not stop():
+            subscription = self._bell.pubsub(ignore_subscribe_messages=False)
+            try:
+                subscription.subscribe(keys.EVENTS)
+                while not stop():
+                    message = subscription.get_message(timeout=BELL_WAIT_S)
+                    if message is None:
+                        subscription.ping()
+                    elif message["type"] == "subscribe":
+                        yield None
+                    elif message["type"] == "message":
+                        task_id, name, step, steps = message["data"].split(" ")
+                        yield Event(task_id, name, int(step), int(steps))
+            except redis.RedisError as error:
+                if not transient(error):
+                    raise
+                time.sleep(0.1)
+            finally:
+                subscription.close()
+
+    # The worker's side
+
+    def claim(self, worker: str, gpu: str, models: Sequence[str], room: int) -> Claim:
+        """Take tasks of these models until `room` pictures are reached.
+
+        A reply that got lost is asked for again, not claimed anew.
+        """
+        token = secrets.token_hex(8)
+        lease_ms = int(self._settings.lease_s * 1000)
+        reply = self._run("claim", worker, gpu, token, room, lease_ms, self._retention_ms, *models)
+        return Claim([_claimed(row) for row in reply[1:]], reply[0] == "suspended")
+
+    def wait(self, models: Sequence[str]) -> bool:
+        """Block until the bell rings for one of these models, a second at most; return whether it rang.
+
+        Unlike the other calls this one does not retry: it raises RedisUnavailable at once, and the caller loops anyway.
+        """
+        try:
+            return self._bell.blpop([keys.BELL + model for model in models], timeout=BELL_WAIT_S) is not None
+        except redis.RedisError as error:
+            if transient(error):
+                raise RedisUnavailable("Redis went away while waiting for work") from error
+            raise
+
+    def beat(self, card: WorkerCard, holds: Sequence[Hold], rq_ttl_s: int) -> tuple[bool, list[Verdict]]:
+        """Renew the leases of `holds`; return whether RQ still knows the worker, and a verdict for each hold."""
+        ttl_ms = int(self._settings.beat_s * keys.CARD_BEATS * 1000)
+        state = "busy" if holds else "idle"
+        flat = [part for hold in holds for part in hold]
+        lease_ms = int(self._settings.lease_s * 1000)
+        reply = self._run("beat", card.name, lease_ms, card.model_dump_json(), ttl_ms, rq_ttl_s, state, *flat)
+        return bool(reply[0]), reply[1:]
+
+    def progress(self, worker: str, steps: Mapping[Hold, tuple[int, int]]) -> list[Verdict]:
+        """Note for each hold how many of its steps are done; return a verdict for each."""
+        flat = [part for hold, (step, total) in steps.items() for part in (*hold, step, total)]
+        verdicts: list[Verdict] = self._run("progress", worker, *flat)
+        return verdicts
+
+    def finish(
+        self,
+        worker: str,
+        hold: Hold,
+        status: Literal["succeeded", "failed", "canceled"],
+        *,
+        images: Sequence[ImageRef] = (),
+        error: TaskError | None = None,
+        warnings: Sequence[str] = (),
+        stages: StageTimings | None = None,
+        busy_ms: float = 0.0,
+        patience_s: float | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Literal["ok", "already", "lost"]:
+        """End a run; the first writer wins. `lost`: another attempt has the task by now, and this result is void."""
+        outcome: Literal["ok", "already", "lost"] = self._run(
+            "finish", *hold, status, json.dumps([image.model_dump() for image in images]),
+            error.model_dump_json() if error else "", json.dumps(list(warnings), ensure_ascii=False),
+            (stages or StageTimings()).model_dump_json(), f"{busy_ms:.3f}", self._retention_ms, worker,
+            patience_s=patience_s, give_up=give_up,
+        )  # fmt: skip
+        return outcome
+
+    def release(self, worker: str, hold: Hold) -> Literal["ok", "canceled", "lost"]:
+        """Give a run back to the head of its queue, with no crash counted."""
+        outcome: Literal["ok", "canceled", "lost"] = self._run("release", *hold, self._retention_ms, worker)
+        return outcome
+
+    # The supervisor's side
+
+    def reap(self, worker: str = "") -> list[Reaped]:
+        """Take back the runs of a worker known to be dead or, without a name, every run whose lease ran out."""
+        reply = self._run("reap", worker, self._settings.crash_limit, self._retention_ms, REAP_BATCH)
+        return [Reaped(*reply[i : i + 4]) for i in range(0, len(reply), 4)]
+
+    def reconcile(self) -> list[str]:
+        """Put back every open task that stands in no queue and no lease; return their ids."""
+        put_back: list[str] = self._run("reconcile", int(RECONCILE_GRACE_S * 1000), self._retention_ms)
+        return put_back
+
+    # Below the surface
+
+    def _run(
+        self,
+        script: str,
+        *args: str | float,
+        patience_s: float | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Any:
+        source, sha = SCRIPTS[script]
+
+        def send() -> Any:
+            try:
+                return self._redis.execute_command("EVALSHA", sha, 0, *args)
+            except redis.exceptions.NoScriptError:
+                return self._redis.execute_command("EVAL", source, 0, *args)
+
+        return self._patiently(send, patience_s=patience_s, give_up=give_up)
+
+    def _patiently(
+        self,
+        call: Callable[[], T],
+        *,
+        patience_s: float | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> T:
+        patience = self._patience_s if patience_s is None else patience_s
+        return patiently(call, patience_s=patience, timeout_s=self._timeout_s, give_up=give_up)
+
+    def _now_ms(self) -> int:
+        seconds, micros = self._redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def _eta(self, record: Mapping[str, str], position: int, pace: str) -> float | None:
+        if TaskStatus(record["status"]).final:
+            return None
+        remaining = 1 - int(record["step"]) / max(1, int(record["steps"]))
+        return self._estimate(record["model"], max(position, 0), pace, share=remaining if position < 0 else 1.0)
+
+    def _estimate(self, model: str, position: int, pace: str | None, share: float = 1.0) -> float | None:
+        try:
+            capacity = self.capacity(model)
+        except RedisUnavailable:  # an estimate is not worth failing what has just been done
+            return None
+        if not pace or not capacity:
+            return None
+        return round((position // capacity + share) * float(pace) / 1000, 3)
+
+
+def _scripts() -> dict[str, tuple[str, str]]:
+    """Return every transition's full source and its SHA-1, as Redis names it."""
+    folder = resources.files("common") / "lua"
+    head = keys.lua_table() + (folder / "_shared.lua").read_text("utf-8")
+    scripts = {}
+    for entry in folder.iterdir():
+        name, _, suffix = entry.name.partition(".")
+        if suffix == "lua" and not name.startswith("_"):
+            source = head + entry.read_text("utf-8")
+            scripts[name] = (source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+    return scripts
+
+
+SCRIPTS = _scripts()
+
+
+def _when(milliseconds: str | int | None) -> datetime | None:
+    return datetime.fromtimestamp(int(milliseconds) / 1000, UTC) if milliseconds else None
+
+
+def _claimed(row: list[Any]) -> Claimed:
+    task_id, fence, queue, queued_ms, deadline_ms, request, request_id = row
+    return Claimed(
+        task_id=task_id,
+        fence=fence,
+        queue=queue,
+        request=ResolvedRequest.model_validate_json(request),
+        request_id=request_id,
+        queued_ms=queued_ms,
+        deadline_in_s=deadline_ms / 1000 if deadline_ms else None,
+    )
+
+
+def _record(fields: Mapping[str, str], position: int | None, eta_seconds: float | None) -> TaskRecord:
+    attempts = []
+    for fence in range(1, int(fields["fence"]) + 1):
+        if text := fields.get(f"attempt:{fence}"):
+            attempt = json.loads(text)
+            attempt["started_at"] = _when(attempt["started_at"])
+            attempt["ended_at"] = _when(attempt.get("ended_at"))
+            attempts.append(Attempt(**attempt))
+    return TaskRecord(
+        task_id=fields["id"],
+        tenant=fields["tenant"],
+        status=TaskStatus(fields["status"]),
+        request=ResolvedRequest.model_validate_json(fields["request"]),
+        request_id=fields["request_id"],
+        step=int(fields["step"]),
+        position=position,
+        eta_seconds=eta_seconds,
+        attempts=attempts,
+        images=[ImageRef(**image) for image in json.loads(fields.get("images", "[]"))],
+        error=TaskError.model_validate_json(fields["error"]) if "error" in fields else None,
+        warnings=json.loads(fields.get("warnings", "[]")),
+        stages=StageTimings.model_validate_json(fields["stages"]) if "stages" in fields else None,
+        cancel_requested="cancel" in fields,
+        created_at=datetime.fromtimestamp(int(fields["created_at"]) / 1000, UTC),
+        started_at=_when(fields.get("started_at")),
+        finished_at=_when(fields.get("finished_at")),
+        expires_at=_when(fields.get("expires_at")),
+    )
+
+
+def _summary(task_id: str, fields: Sequence[str | None]) -> TaskSummary:
+    status, model, created_at, finished_at = fields
+    return TaskSummary(
+        task_id=task_id,
+        status=TaskStatus(status or ""),
+        model=model or "",
+        created_at=datetime.fromtimestamp(int(created_at or 0) / 1000, UTC),
+        finished_at=_when(finished_at),
+    )
+
+
+def _depth(name: str, queued: int, running: int, created_at: str | None, now_ms: int) -> QueueDepth | None:
+    model, priority, tenant = [*name.split(".", 2), "", ""][:3]
+    if priority not in PRIORITIES:
+        return None  # somebody else's RQ queue in the same Redis
+    return QueueDepth(
+        name=name,
+        model=model,
+        priority=priority,
+        tenant=tenant,
+        queued=queued,
+        running=running,
+        oldest_age_seconds=(now_ms - int(created_at)) / 1000 if created_at else None,
+    )

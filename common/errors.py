@@ -1,0 +1,152 @@
+"""Everything that can go wrong and has a name. An error knows its code and whether a retry may help, never an HTTP status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+
+class FieldError(NamedTuple):
+    """One field of a request that was refused: where it stands and what would be accepted."""
+
+    loc: str
+    msg: str
+
+
+class FleetError(Exception):
+    """Base of every error that may reach a client or a log line.
+
+    `code` is stable and meant for programs; the message is for people and names the remedy;
+    `retryable` says whether the same request may succeed later.
+    """
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, errors: Sequence[FieldError] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.errors = tuple(errors)
+
+
+class InvalidRequest(FleetError):
+    """Raised when a request's fields are missing, of the wrong type or out of range."""
+
+    code = "invalid_request"
+
+    @classmethod
+    def field(cls, loc: str, msg: str) -> InvalidRequest:
+        """Return the error for a single field."""
+        return cls(f"{loc}: {msg}", errors=[FieldError(loc, msg)])
+
+
+class UnknownModel(InvalidRequest):
+    """Raised when a request names a model that this fleet does not serve."""
+
+    code = "unknown_model"
+
+
+class MalformedBody(InvalidRequest):
+    """Raised when a request's body is not a JSON object, so that it has no fields to speak of."""
+
+    code = "malformed_body"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """Raised when a request says that its body is something that is not read here."""
+
+    code = "unsupported_media_type"
+
+
+class UnknownTask(FleetError):
+    """Raised when no task has this id, or when it belongs to another tenant: the two look the same."""
+
+    code = "unknown_task"
+
+
+class UnknownImage(FleetError):
+    """Raised when a task has no such picture: not yet, not of that format, or not at all."""
+
+    code = "unknown_image"
+
+
+class TaskExpired(FleetError):
+    """Raised when a task's result is past its retention and has been removed."""
+
+    code = "task_expired"
+
+
+class AlreadyFinal(FleetError):
+    """Raised when a task that has already ended is asked to change."""
+
+    code = "already_final"
+
+
+class IdempotencyConflict(FleetError):
+    """Raised when an Idempotency-Key comes back with a different request body."""
+
+    code = "idempotency_conflict"
+
+
+class QueueFull(FleetError):
+    """Raised when a queue is at its cap; nothing was accepted."""
+
+    code = "queue_full"
+    retryable = True
+
+
+class RedisUnavailable(FleetError):
+    """Raised when Redis did not answer, or refused writes, within the time the caller had."""
+
+    code = "redis_unavailable"
+    retryable = True
+
+
+class NoWorker(FleetError):
+    """Raised when no worker is alive, so that a task would wait for one to be started."""
+
+    code = "no_worker"
+    retryable = True
+
+
+class StorageError(FleetError):
+    """Raised when a result could not be written to, or read from, storage."""
+
+    code = "storage_error"
+    retryable = True
+
+
+class ModelLoadFailed(FleetError):
+    """Raised when a model's files are missing or cannot be loaded on this device."""
+
+    code = "model_load_failed"
+
+
+class PipelineFailed(FleetError):
+    """Raised when the pipeline could not make a picture from a request."""
+
+    code = "pipeline_failed"
+
+
+class DeadlineExceeded(FleetError):
+    """Raised when a run passes its task's deadline; it stops at the next step."""
+
+    code = "deadline_exceeded"
+
+
+class WorkerCrashed(FleetError):
+    """Raised when a task has taken its worker down as often as is allowed, and is quarantined."""
+
+    code = "worker_crashed"
+
+
+class ClientError(FleetError):
+    """Raised by the Python client when the gateway cannot be reached or refuses a call."""
+
+    code = "client_error"
+
+
+class ConfigurationError(FleetError):
+    """Raised when a setting, a flag or a file that the operator wrote cannot be used."""
+
+    code = "configuration"

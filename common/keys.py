@@ -1,0 +1,57 @@
+"""Every Redis key, channel, queue name and time-to-live, each with its one writer. Only broker.py imports this.
+
+`rq:` keys are RQ's own formats, so that its tools show and steer this fleet; `zf:` keys are ours.
+"""
+
+from __future__ import annotations
+
+import json
+
+# Ours                                            written by
+TASK = "zf:task:"  # + id: the record, a hash       submit, and every transition after it
+TENANT_TASKS = "zf:tasks:"  # + tenant: zset by age  submit
+OPEN = "zf:open"  # zset of ids not yet final       submit; the final transitions remove
+LEASES = "zf:leases"  # zset id -> expiry, ms       claim, beat; finish, release, reap remove
+BELL = "zf:bell:"  # + model: list of wake-ups      submit, claim, release, reap; workers pop
+READY = "zf:ready:"  # + model.priority: zset of tenants with work by virtual start (fair share)   submit, claim
+CLOCK = "zf:clock"  # hash model.priority -> virtual time of the fair share          claim
+TAGS = "zf:tags:"  # + model.priority: hash tenant -> virtual finish of its last task   claim
+CLAIM = "zf:claim:"  # + worker: its last claim, so that a re-sent one gives the same tasks   claim
+IDEMPOTENCY = "zf:idem:"  # + tenant:hash of the key: id and body hash      submit
+PACE = "zf:pace"  # hash model -> ms one task takes on one slot, smoothed      finish
+WORKERS = "zf:workers"  # zset worker name -> last beat, ms      beat
+CARD = "zf:card:"  # + worker: how it describes itself, JSON     beat
+PROBE = "zf:probe"  # proves that Redis takes writes        ready
+EVENTS = "zf:events"  # channel: "<id> <event> <step> <steps>"     every transition
+
+# RQ's                                             written by
+RQ_QUEUES = "rq:queues"  # set of queue keys         submit
+RQ_QUEUE = "rq:queue:"  # + queue: list of ids       submit, claim, release, reap, cancel
+RQ_JOB = "rq:job:"  # + id: hash                     submit, and every transition after it
+RQ_STARTED = "rq:wip:"  # + queue: zset id:attempt   claim; finish, release, reap remove
+RQ_FINISHED = "rq:finished:"  # + queue              finish
+RQ_FAILED = "rq:failed:"  # + queue                  finish, reap, claim (forged jobs)
+RQ_CANCELED = "rq:canceled:"  # + queue              cancel, finish
+RQ_WORKER = "rq:worker:"  # + worker: hash           RQ's registration; claim, finish, beat keep it current
+RQ_WORKERS = "rq:workers"  # set of worker keys       RQ's registration; reap removes the dead
+RQ_WORKERS_OF = "rq:workers:"  # + queue: likewise
+RQ_SUSPENDED = "rq:suspended"  # set by `rq suspend`; claim obeys
+
+# Times to live
+CARD_BEATS = 5  # a card outlives its worker by this many beats
+CLAIM_TTL_S = 120  # a re-sent claim comes within seconds
+IDEMPOTENCY_TTL_S = 24 * 3600
+BELL_TTL_S = 3600
+TOMBSTONE_FACTOR = 2  # a record outlives its result by as long again, to answer "expired" rather than "unknown"
+PROBE_TTL_S = 60
+
+
+def queue_name(model: str, priority: str, tenant: str) -> str:
+    """Return the RQ queue of these tasks."""
+    return f"{model}.{priority}.{tenant}"
+
+
+def lua_table() -> str:
+    """Return this module's constants as a Lua table literal `K`, so that no script spells a key."""
+    names = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, str | int)}
+    return "local K = cjson.decode([==[" + json.dumps(names) + "]==])\n"

@@ -1,0 +1,90 @@
+-- Steps that several transitions share. broker.py puts the key table K in front of this file, and this file in front of
+-- each script. A script runs atomically; it names its arguments on top and may be sent twice without harm.
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- Milliseconds since 1970 as RQ writes timestamps; days to date after Howard Hinnant's civil_from_days.
+local function iso(ms)
+  local seconds = math.floor(ms / 1000)
+  local z = math.floor(seconds / 86400) + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5) + 1
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%03d000Z', year, month, day,
+    math.floor(seconds / 3600) % 24, math.floor(seconds / 60) % 60, seconds % 60, ms % 1000)
+end
+
+local function publish(id, event, step, steps)
+  redis.call('PUBLISH', K.EVENTS, id .. ' ' .. event .. ' ' .. (step or 0) .. ' ' .. (steps or 0))
+end
+
+-- One token wakes one worker that waits; a worker that leaves tasks behind rings again for the next.
+local function ring(model)
+  local bell = K.BELL .. model
+  if redis.call('LLEN', bell) == 0 then
+    redis.call('RPUSH', bell, '1')
+    redis.call('EXPIRE', bell, K.BELL_TTL_S)
+  end
+end
+
+-- The tenant stands in line for its share: never before the virtual clock, so that idling earns no credit.
+local function make_ready(model, priority, tenant)
+  local line = model .. '.' .. priority
+  local clock = tonumber(redis.call('HGET', K.CLOCK, line) or '0')
+  local tag = tonumber(redis.call('HGET', K.TAGS .. line, tenant) or '0')
+  redis.call('ZADD', K.READY .. line, 'NX', math.max(clock, tag), tenant)
+end
+
+-- Ends the running attempt in the record, the started registry and the leases.
+local function end_attempt(id, queue, fence, outcome, now)
+  local field = 'attempt:' .. fence
+  local text = redis.call('HGET', K.TASK .. id, field)
+  if text then
+    local attempt = cjson.decode(text)
+    attempt.ended_at = now
+    attempt.outcome = outcome
+    redis.call('HSET', K.TASK .. id, field, cjson.encode(attempt))
+  end
+  redis.call('ZREM', K.RQ_STARTED .. queue, id .. ':' .. fence)
+  redis.call('ZREM', K.LEASES, id)
+end
+
+-- Puts a task that ran back to the head of its queue.
+local function requeue(id, model, priority, tenant, queue)
+  redis.call('HSET', K.TASK .. id, 'status', 'queued', 'worker', '', 'step', 0)
+  redis.call('HSET', K.RQ_JOB .. id, 'status', 'queued', 'worker_name', '')
+  redis.call('LPUSH', K.RQ_QUEUE .. queue, id)
+  make_ready(model, priority, tenant)
+  publish(id, 'queued')
+  ring(model)
+end
+
+local REGISTRY = {succeeded = K.RQ_FINISHED, failed = K.RQ_FAILED, expired = K.RQ_FAILED, canceled = K.RQ_CANCELED}
+local RQ_STATUS = {succeeded = 'finished', failed = 'failed', expired = 'failed', canceled = 'canceled'}
+
+-- Makes a task final. The caller has checked that it is not. `error` is JSON or ''.
+local function settle(id, queue, status, error, now, retention_ms)
+  local expires = now + retention_ms
+  local gone = now + K.TOMBSTONE_FACTOR * retention_ms
+  redis.call('HSET', K.TASK .. id, 'status', status, 'finished_at', now, 'expires_at', expires)
+  redis.call('HSET', K.RQ_JOB .. id, 'status', RQ_STATUS[status], 'ended_at', iso(now))
+  if error ~= '' then
+    redis.call('HSET', K.TASK .. id, 'error', error)
+    redis.call('HSET', K.RQ_JOB .. id, 'exc_info', cjson.decode(error).code)
+  end
+  redis.call('PEXPIREAT', K.TASK .. id, gone)
+  redis.call('PEXPIREAT', K.RQ_JOB .. id, expires)
+  redis.call('ZREM', K.OPEN, id)
+  local registry = REGISTRY[status] .. queue
+  redis.call('ZREMRANGEBYSCORE', registry, 0, math.floor(now / 1000))
+  redis.call('ZADD', registry, math.floor(expires / 1000), id)
+  publish(id, status)
+end

@@ -1,0 +1,103 @@
+-- Takes tasks for a worker until `room` pictures are reached: priority first, then fair share among tenants, then FIFO.
+-- A task leaves its queue, gets its fence and its lease in one go: there is no in-between in which it could be lost.
+-- ARGV: worker, gpu, token (new for each claim, the same when re-sent), room, lease_ms, retention_ms, model …
+-- Returns {'suspended'|'ok', {id, fence, queue, queued_ms, deadline_in_ms, request, request_id} …}
+local worker, gpu, token, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local lease_ms, retention_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
+local now = now_ms()
+
+local function describe(id, fence)
+  local r = redis.call('HMGET', K.TASK .. id, 'queue', 'created_at', 'deadline_at', 'request', 'request_id')
+  local deadline = tonumber(r[3])
+  return {id, fence, r[1], now - r[2], deadline > 0 and math.max(1, deadline - now) or 0, r[4], r[5]}
+end
+
+local last = redis.call('GET', K.CLAIM .. worker)
+if last then
+  local claim = cjson.decode(last)
+  if claim.token == token then
+    local again = {'ok'}
+    for _, run in ipairs(claim.runs) do
+      local r = redis.call('HMGET', K.TASK .. run[1], 'status', 'fence', 'worker')
+      if r[1] == 'running' and tonumber(r[2]) == run[2] and r[3] == worker then again[#again + 1] = describe(run[1], run[2]) end
+    end
+    return again
+  end
+end
+if redis.call('EXISTS', K.RQ_SUSPENDED) == 1 then return {'suspended'} end
+
+local function take(id, queue)
+  local key = K.TASK .. id
+  local fence = redis.call('HINCRBY', key, 'fence', 1)
+  redis.call('HSET', key, 'status', 'running', 'worker', worker, 'started_at', now, 'step', 0, 'attempt:' .. fence,
+    cjson.encode({worker = worker, gpu = gpu, started_at = now}))
+  redis.call('ZADD', K.LEASES, now + lease_ms, id)
+  -- +inf keeps RQ's own janitor off a run that our leases watch, while its counts stay right
+  redis.call('ZADD', K.RQ_STARTED .. queue, '+inf', id .. ':' .. fence)
+  redis.call('HSET', K.RQ_JOB .. id, 'status', 'started', 'started_at', iso(now), 'worker_name', worker)
+  publish(id, 'running', 0, redis.call('HGET', key, 'steps'))
+  return fence
+end
+
+-- A job that nobody submitted here: never run, kept where RQ's tools show it.
+local function refuse(id, queue)
+  redis.call('HSET', K.RQ_JOB .. id, 'status', 'failed', 'ended_at', iso(now), 'exc_info', 'not a zfleet task')
+  redis.call('PEXPIREAT', K.RQ_JOB .. id, now + retention_ms)
+  redis.call('ZADD', K.RQ_FAILED .. queue, math.floor((now + retention_ms) / 1000), id)
+end
+
+-- Pops the tenant's next live task; returns id, cost and number of pictures, or nil when its queue is empty.
+local function next_task(queue)
+  while true do
+    local id = redis.call('LPOP', K.RQ_QUEUE .. queue)
+    if not id then return nil end
+    local r = redis.call('HMGET', K.TASK .. id, 'status', 'deadline_at', 'cost', 'n')
+    if not r[1] then
+      refuse(id, queue)
+    elseif r[1] == 'queued' then
+      local deadline = tonumber(r[2])
+      if deadline > 0 and deadline <= now then
+        local error = {code = 'deadline_exceeded', message = 'the deadline passed before a worker was free',
+          retryable = true}
+        settle(id, queue, 'expired', cjson.encode(error), now, retention_ms)
+      else
+        return id, tonumber(r[3]), tonumber(r[4])
+      end
+    end
+  end
+end
+
+local answer, runs = {'ok'}, {}
+local left = {}
+for _, priority in ipairs({'high', 'normal', 'low'}) do
+  for m = 7, #ARGV do
+    local line = ARGV[m] .. '.' .. priority
+    while room > 0 do
+      local first = redis.call('ZRANGE', K.READY .. line, 0, 0, 'WITHSCORES')
+      if #first == 0 then break end
+      local tenant, start = first[1], tonumber(first[2])
+      local queue = line .. '.' .. tenant
+      local id, cost, pictures = next_task(queue)
+      if id then
+        -- start-time fair queueing with equal shares: a tenant's next start is this one's virtual finish
+        redis.call('HSET', K.CLOCK, line, start)
+        redis.call('HSET', K.TAGS .. line, tenant, start + cost)
+        redis.call('ZADD', K.READY .. line, start + cost, tenant)
+        local fence = take(id, queue)
+        room = room - pictures
+        runs[#runs + 1] = {id, fence}
+        answer[#answer + 1] = describe(id, fence)
+      end
+      if redis.call('LLEN', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. line, tenant) end
+    end
+    if redis.call('EXISTS', K.READY .. line) == 1 then left[ARGV[m]] = true end
+  end
+end
+for model in pairs(left) do ring(model) end
+if #runs > 0 then
+  redis.call('SET', K.CLAIM .. worker, cjson.encode({token = token, runs = runs}), 'EX', K.CLAIM_TTL_S)
+  if redis.call('EXISTS', K.RQ_WORKER .. worker) == 1 then
+    redis.call('HSET', K.RQ_WORKER .. worker, 'state', 'busy', 'current_job', runs[#runs][1])
+  end
+end
+return answer

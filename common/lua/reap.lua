@@ -1,0 +1,50 @@
+-- Takes back the runs of a dead worker, or those whose lease ran out: to the head of their queue, one crash counted; a
+-- task that has used up its crashes is quarantined as failed.
+-- ARGV: worker ('' for every lease that ran out), crash_limit, retention_ms, limit
+-- Returns {id, 'requeued'|'quarantined'|'canceled', worker, request_id …}
+local worker, crash_limit, retention_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local now = now_ms()
+local ids
+if worker == '' then
+  ids = redis.call('ZRANGEBYSCORE', K.LEASES, 0, now, 'LIMIT', 0, ARGV[4])
+else
+  ids = redis.call('ZRANGE', K.LEASES, 0, -1)
+end
+
+local reaped = {}
+local function note(id, what, owner, request_id)
+  for _, value in ipairs({id, what, owner, request_id or ''}) do reaped[#reaped + 1] = value end
+end
+for _, id in ipairs(ids) do
+  local r = redis.call('HMGET', K.TASK .. id, 'status', 'fence', 'queue', 'model', 'priority', 'tenant', 'cancel',
+    'worker', 'request_id')
+  if r[1] ~= 'running' then
+    redis.call('ZREM', K.LEASES, id)
+  elseif worker == '' or r[8] == worker then
+    local crashes = redis.call('HINCRBY', K.TASK .. id, 'crashes', 1)
+    end_attempt(id, r[3], r[2], worker == '' and 'lost' or 'crashed', now)
+    if r[7] then
+      settle(id, r[3], 'canceled', '', now, retention_ms)
+      note(id, 'canceled', r[8], r[9])
+    elseif crashes >= crash_limit then
+      local error = {code = 'worker_crashed', message = 'its worker died ' .. crashes .. ' times while running it',
+        retryable = false}
+      settle(id, r[3], 'failed', cjson.encode(error), now, retention_ms)
+      note(id, 'quarantined', r[8], r[9])
+    else
+      requeue(id, r[4], r[5], r[6], r[3])
+      note(id, 'requeued', r[8], r[9])
+    end
+  end
+end
+if worker ~= '' then
+  local queues = redis.call('HGET', K.RQ_WORKER .. worker, 'queues')
+  for queue in string.gmatch(queues or '', '[^,]+') do
+    redis.call('SREM', K.RQ_WORKERS_OF .. queue, K.RQ_WORKER .. worker)
+  end
+  redis.call('SREM', K.RQ_WORKERS, K.RQ_WORKER .. worker)
+  redis.call('DEL', K.RQ_WORKER .. worker)
+  redis.call('DEL', K.CARD .. worker, K.CLAIM .. worker)
+  redis.call('ZREM', K.WORKERS, worker)
+end
+return reaped

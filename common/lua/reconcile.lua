@@ -1,0 +1,34 @@
+-- Puts back every open task that stands in no queue and no lease, as after a lost tail of writes or `rq empty`.
+-- ARGV: grace_ms (younger tasks are left alone), retention_ms
+-- Returns the ids put back
+local now = now_ms()
+local standing, read = {}, {}
+local function stands(id, queue)
+  if not read[queue] then
+    for _, member in ipairs(redis.call('LRANGE', K.RQ_QUEUE .. queue, 0, -1)) do standing[member] = true end
+    read[queue] = true
+  end
+  return standing[id]
+end
+
+local back = {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.OPEN, 0, now - ARGV[1])) do
+  local r = redis.call('HMGET', K.TASK .. id, 'status', 'queue', 'model', 'priority', 'tenant', 'fence')
+  if r[1] == 'queued' then
+    if not stands(id, r[2]) then
+      requeue(id, r[3], r[4], r[5], r[2])
+      back[#back + 1] = id
+    else
+      make_ready(r[3], r[4], r[5])
+    end
+  elseif r[1] == 'running' then
+    if not redis.call('ZSCORE', K.LEASES, id) then
+      end_attempt(id, r[2], r[6], 'lost', now)
+      requeue(id, r[3], r[4], r[5], r[2])
+      back[#back + 1] = id
+    end
+  else
+    redis.call('ZREM', K.OPEN, id)
+  end
+end
+return back

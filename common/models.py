@@ -1,0 +1,138 @@
+"""The model catalogue: what an alias stands for, its defaults and its limits. No torch here."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import ConfigurationError, UnknownModel
+
+SIZE_MULTIPLE = 16  # pixels: the VAE's factor 8 times the transformer's patch of 2
+
+Option = str | int | float | bool
+
+
+class ModelSpec(BaseModel):
+    """One model that the fleet can serve."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="the alias clients use")
+    source: str = Field(description="a folder, a hub id, or `builtin` for a model that ships with zfleet")
+    revision: str | None = Field(default=None, description="the hub revision to pin")
+    pipeline: str = Field(default="zimage", description="a module of worker/pipelines")
+    dtype: str = Field(default="bfloat16", description="weights on a GPU; a CPU always computes in float32")
+
+    width: int = 1024
+    height: int = 1024
+    steps: int = 8
+    guidance_scale: float = 0.0
+
+    min_side: int = Field(default=256, description="pixels")
+    max_side: int = Field(default=2048, description="pixels")
+    max_pixels: int = Field(default=2048 * 2048, description="width x height")
+    max_steps: int = 50
+    max_n: int = 8
+    max_tokens: int = Field(default=512, description="longer prompts are cut here, with a warning")
+    max_batch: int = Field(default=4, ge=1, description="runs that advance together on one GPU")
+    options: Mapping[str, Option] = Field(default_factory=dict, description="read by the pipeline alone")
+
+
+BUILT_IN: tuple[ModelSpec, ...] = (
+    ModelSpec(name="turbo", source="Tongyi-MAI/Z-Image-Turbo"),
+    ModelSpec(name="base", source="Tongyi-MAI/Z-Image", steps=50, guidance_scale=4.0, max_steps=100),
+    ModelSpec(
+        name="pico",
+        source="builtin",
+        dtype="float32",
+        width=128,
+        height=128,
+        min_side=64,
+        max_side=256,
+        max_pixels=256 * 256,
+        max_tokens=128,
+        max_batch=8,
+    ),
+    ModelSpec(
+        name="simulated",
+        source="builtin",
+        pipeline="simulated",
+        width=64,
+        height=64,
+        min_side=16,
+        max_batch=1,
+        options={"image_ms": 320.0, "load_ms": 0.0},
+    ),
+)
+
+
+class Catalogue(Mapping[str, ModelSpec]):
+    """The models of this fleet by alias, in order; the first is the default."""
+
+    def __init__(self, specs: Iterable[ModelSpec]) -> None:
+        self._specs = MappingProxyType({spec.name: spec for spec in specs})
+
+    def __getitem__(self, name: str) -> ModelSpec:
+        try:
+            return self._specs[name]
+        except KeyError:
+            known = ", ".join(self._specs) or "none"
+            raise UnknownModel.field("model", f"{name!r} is not served here; choose one of: {known}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    @property
+    def default(self) -> ModelSpec:
+        """The model of a request that names none."""
+        return next(iter(self._specs.values()))
+
+    def select(self, names: Iterable[str]) -> Catalogue:
+        """Return the catalogue cut down to these names, in their order; raises ConfigurationError for an unknown one."""
+        chosen = []
+        for name in names:
+            if name not in self._specs:
+                raise ConfigurationError(f"model {name!r} is not in the catalogue; there are: {', '.join(self._specs)}")
+            chosen.append(self._specs[name])
+        if not chosen:
+            raise ConfigurationError("no model is named; set ZFLEET_MODELS, for example to turbo")
+        return Catalogue(chosen)
+
+
+def load_catalogue(
+    models_file: Path | None = None, overrides: Mapping[str, Mapping[str, Option]] | None = None
+) -> Catalogue:
+    """Return the built-in models plus those of the user's TOML file (a table per alias; a known alias is amended).
+
+    `overrides` adds options by alias, last. Raises ConfigurationError naming the file, the table and the key.
+    """
+    specs = {spec.name: spec for spec in BUILT_IN}
+    for name, table in _read(models_file).items():
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"{models_file}: {name} must be a table, as in [{name}]")
+        known = specs[name].model_dump() if name in specs else {}
+        try:
+            specs[name] = ModelSpec.model_validate(known | table | {"name": name})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigurationError(f"{models_file}: [{name}] {where}: {first['msg']}") from None
+    for name, options in (overrides or {}).items():
+        specs[name] = specs[name].model_copy(update={"options": {**specs[name].options, **options}})
+    return Catalogue(specs.values())
+
+
+def _read(models_file: Path | None) -> dict[str, object]:
+    if models_file is None:
+        return {}
+    try:
+        return tomllib.loads(models_file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{models_file}: {error}") from None

@@ -1,0 +1,346 @@
+"""Frozen wire models: what travels over HTTP, and what a task's record on Redis reads back as."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+PROMPT_MAX_CHARS = 16_000
+SEED_MAX = 2**53 - 1  # the largest integer that every JSON client reads back unchanged
+METADATA_MAX_ENTRIES = 16
+
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")  # served in this order
+ImageFormat = Literal["webp", "png", "jpeg"]
+Outcome = Literal["running", "succeeded", "failed", "canceled", "released", "crashed", "lost"]
+
+
+class TaskStatus(enum.StrEnum):
+    """Where a task stands. A task reaches exactly one of the final states, once."""
+
+    QUEUED = "queued"  # accepted, waits for a worker
+    RUNNING = "running"  # a worker holds its lease
+    SUCCEEDED = "succeeded"  # its images can be fetched
+    FAILED = "failed"  # `error` says why
+    CANCELED = "canceled"  # stopped by its owner
+    EXPIRED = "expired"  # its deadline passed before it began
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing will change any more."""
+        return self not in (TaskStatus.QUEUED, TaskStatus.RUNNING)
+
+
+class Wire(BaseModel):
+    """Base of all wire models: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _readable(text: str | None) -> str | None:
+    """Refuse what no tokenizer should see; pydantic itself refuses lone surrogates."""
+    if text is not None:
+        if "\x00" in text:
+            raise ValueError("must not contain NUL characters")
+        if "\ufffd" in text:
+            raise ValueError("contains U+FFFD, the mark of badly decoded text; send the prompt as UTF-8")
+    return text
+
+
+Prompt = Annotated[str, StringConstraints(max_length=PROMPT_MAX_CHARS)]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class GenerateRequest(Wire):
+    """What a client asks for. Every field but the prompt may be left to the model's defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    prompt: Prompt = Field(min_length=1, description="What to paint, in any language.", examples=["a red circle"])
+    negative_prompt: Prompt | None = Field(default=None, description="What to keep out; needs guidance_scale > 0.")
+    model: str | None = Field(default=None, max_length=32, description="An alias of /api/models; the fleet's default.")
+    width: int | None = Field(default=None, description="Pixels, a multiple of 16 within the model's limits.")
+    height: int | None = Field(default=None, description="Pixels, a multiple of 16 within the model's limits.")
+    steps: int | None = Field(default=None, ge=1, description="Denoising steps, within the model's limit.")
+    guidance_scale: float | None = Field(default=None, ge=0, le=20, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=0, le=SEED_MAX, description="The same seed gives the same picture.")
+    n: int = Field(default=1, ge=1, description="Pictures, with seeds seed, seed+1, …")
+    format: ImageFormat = "webp"
+    quality: int = Field(default=85, ge=1, le=100, description="For webp and jpeg.")
+    priority: Priority = "normal"
+    template: str | None = Field(default=None, max_length=64, description="A prompt template of /api/templates.")
+    deadline_s: float | None = Field(default=None, gt=0, le=86_400, allow_inf_nan=False)
+    metadata: dict[MetadataKey, MetadataValue] = Field(
+        default_factory=dict, max_length=METADATA_MAX_ENTRIES, description="Yours; handed back with the status."
+    )
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _prompts_are_readable(cls, text: str | None) -> str | None:
+        return _readable(text)
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_says_something(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("must not be blank")
+        return text
+
+
+class ResolvedRequest(Wire):
+    """A request with every value set and checked against its model: what a worker carries out."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    model: str
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    n: int
+    format: ImageFormat
+    quality: int
+    priority: Priority
+    template: str | None = None
+    deadline_s: float | None = None
+    metadata: Mapping[str, str] = Field(default_factory=dict)
+
+
+class Attempt(Wire):
+    """One worker's try at a task."""
+
+    worker: str
+    gpu: str
+    started_at: datetime
+    ended_at: datetime | None = None
+    outcome: Outcome = "running"
+
+
+class ImageRef(Wire):
+    """A finished picture. `key` is its place in storage and never leaves the server."""
+
+    key: str
+    width: int
+    height: int
+    format: ImageFormat
+    bytes: int
+    sha256: str
+    seed: int
+
+
+class TaskError(Wire):
+    """Why a task failed."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+
+class StageTimings(Wire):
+    """Milliseconds that one run spent in each stage on its worker."""
+
+    load_ms: float = 0.0
+    encode_ms: float = 0.0
+    denoise_ms: float = 0.0
+    decode_ms: float = 0.0
+    store_ms: float = 0.0
+
+
+class TaskRecord(Wire):
+    """A task as its record on Redis tells it."""
+
+    task_id: str
+    tenant: str
+    status: TaskStatus
+    request: ResolvedRequest
+    request_id: str = ""
+    step: int = 0
+    position: int | None = None
+    eta_seconds: float | None = None
+    attempts: Sequence[Attempt] = ()
+    images: Sequence[ImageRef] = ()
+    error: TaskError | None = None
+    warnings: Sequence[str] = ()
+    stages: StageTimings | None = None
+    cancel_requested: bool = False
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    expires_at: datetime | None = None
+
+
+class Progress(Wire):
+    """Denoising steps done; with several pictures, the slowest one's."""
+
+    step: int
+    steps: int
+
+
+class ImageView(Wire):
+    """A finished picture as a client sees it."""
+
+    url: str
+    width: int
+    height: int
+    format: ImageFormat
+    bytes: int
+    sha256: str
+    seed: int
+
+
+class Timings(StageTimings):
+    """Where the time went, in milliseconds; what has not happened yet is null."""
+
+    queued_ms: float | None = None
+    total_ms: float | None = None
+
+
+class TaskView(Wire):
+    """The status of a task: GET /api/status/<task_id>."""
+
+    task_id: str
+    status: TaskStatus
+    model: str
+    progress: Progress
+    position: int | None = Field(description="Tasks ahead of it while queued, else null.")
+    eta_seconds: float | None = Field(description="Estimated seconds to the picture; null when unknown or final.")
+    attempts: Sequence[Attempt]
+    images: Sequence[ImageView]
+    error: TaskError | None
+    warnings: Sequence[str]
+    timings: Timings
+    request: ResolvedRequest
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime | None
+
+
+class SubmitAnswer(Wire):
+    """The answer to an accepted submit."""
+
+    task_id: str
+    status: TaskStatus
+    status_url: str
+    events_url: str
+    cancel_url: str
+    position: int | None
+    eta_seconds: float | None
+
+
+class TaskSummary(Wire):
+    """A line of GET /api/tasks."""
+
+    task_id: str
+    status: TaskStatus
+    model: str
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class TaskPage(Wire):
+    """GET /api/tasks: newest first; pass `next_cursor` back as `cursor` for the page after."""
+
+    tasks: Sequence[TaskSummary]
+    next_cursor: str | None
+
+
+class QueueDepth(Wire):
+    """One queue of GET /api/queue."""
+
+    name: str
+    model: str
+    priority: Priority
+    tenant: str
+    queued: int
+    running: int
+    oldest_age_seconds: float | None
+
+
+class GpuReading(Wire):
+    """What the driver says of a GPU; a figure it does not give is null."""
+
+    name: str
+    index: int
+    memory_used_mb: int | None = None
+    memory_total_mb: int | None = None
+    utilisation_percent: int | None = None
+    temperature_c: int | None = None
+    power_w: float | None = None
+
+
+class WorkerCard(Wire):
+    """A worker as it last described itself."""
+
+    name: str
+    host: str
+    pid: int
+    state: Literal["loading", "idle", "busy", "draining"]
+    device: str
+    gpu: GpuReading | None = None
+    models: Sequence[str]
+    models_loaded: Sequence[str]
+    capacity: int = Field(description="Runs it can advance together.")
+    running: Sequence[str] = Field(description="Ids of the tasks it holds.")
+    images_done: int
+    rss_mb: int
+    started_at: datetime
+    seen_at: datetime
+
+
+class ModelView(Wire):
+    """A line of GET /api/models: how to ask for this model, and within what limits."""
+
+    name: str
+    default: bool
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    min_side: int
+    max_side: int
+    max_pixels: int
+    size_multiple: int
+    max_steps: int
+    max_n: int
+    max_tokens: int
+    workers: int
+
+
+class Health(Wire):
+    """GET /health."""
+
+    status: Literal["healthy", "degraded", "unhealthy"]
+    reasons: Sequence[str] = ()
+    uptime_seconds: float
+    gpu_memory_used_mb: int
+    pending_tasks: int
+    models_loaded: Sequence[str]
+    workers: int
+
+
+class ProblemField(Wire):
+    """One refused field."""
+
+    loc: str
+    msg: str
+
+
+class Problem(Wire):
+    """Every error's body, as RFC 9457 has it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    errors: Sequence[ProblemField] = ()
+
+
+JsonObject = dict[str, Any]

@@ -1,0 +1,153 @@
+"""All settings, frozen, and the only reader of the environment. Each one is ZFLEET_<NAME>."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from common.errors import ConfigurationError
+from common.models import Catalogue, load_catalogue
+
+PREFIX = "ZFLEET_"
+
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """One process's settings. Durations say their unit in the name; sizes are in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", protected_namespaces=())
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss://, unix:// or redis+sentinel://")
+    redis_timeout_s: float = Field(1.0, gt=0, description="one Redis command may take this long")
+    redis_patience_s: float = Field(2.5, gt=0, description="the gateway answers 503 after trying this long")
+    url: str = Field("http://127.0.0.1:8080", description="where the CLI and the Python client find the gateway")
+    host: str = Field("127.0.0.1", description="the gateway listens here")
+    port: int = Field(8080, ge=0, le=65535)
+    data_dir: Path = Field(Path("~/.zfleet"), description="results, the embedded Redis, models built or fetched")
+    models_dir: Path | None = Field(
+        None, description="models built or fetched; `models` in the data directory when unset"
+    )
+    log_dir: Path | None = Field(None, description="JSON log files, rotated; stderr when unset")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    models: Names = Field(("turbo",), description="aliases served here; the first is the default")
+    models_file: Path | None = Field(None, description="a TOML file with more models, a table each")
+    dialects: Names = Field(("native",), description="HTTP dialects the gateway speaks")
+    storage: str = Field("local", description="a module of common/storage")
+    x_accel: str = Field(
+        "", description="Nginx's internal location for results, as /_results/; unset: the gateway sends"
+    )
+    gateway_workers: int = Field(1, ge=1, description="gunicorn processes")
+    gateway_connections: int = Field(10_000, ge=1, description="open connections one gunicorn process holds")
+    body_limit_bytes: int = Field(100 * 1024 * 1024, ge=1024)
+    queue_cap: int = Field(10_000, ge=1, description="tasks one queue holds before submits are refused")
+    retention_days: float = Field(7.0, gt=0, description="results are kept this long")
+
+    devices: str = Field("all", description="GPUs by index (0,1), `all`, or `cpu`")
+    workers_per_device: int = Field(1, ge=1, description="more than one only makes sense for the simulated model")
+    max_batch: int | None = Field(
+        None, ge=1, description="runs that advance together; the model's own limit when unset"
+    )
+    cpu_threads: int | None = Field(None, ge=1, description="torch threads of a worker on the CPU")
+    lease_s: float = Field(15.0, gt=0, description="a silent worker loses its tasks after this long")
+    beat_s: float = Field(3.0, gt=0, description="leases are renewed this often")
+    drain_s: float = Field(30.0, ge=0, description="on SIGTERM runs may finish for this long, then are given back")
+    crash_limit: int = Field(3, ge=1, description="a task that took its worker down this often is failed")
+    simulated_image_ms: float = Field(320.0, gt=0, description="what one picture costs the simulated model")
+    simulated_load_ms: float = Field(0.0, ge=0)
+
+    @field_validator("models", "dialects", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("data_dir", "models_dir", "log_dir", "models_file")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path.expanduser().absolute() if path else None
+
+    @property
+    def results_dir(self) -> Path:
+        """Where local storage keeps pictures."""
+        return self.data_dir / "results"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where models that are built on first use are kept."""
+        return self.models_dir or self.data_dir / "models"
+
+    def catalogue(self) -> Catalogue:
+        """Return the models this process serves; raises ConfigurationError for one nobody defined."""
+        simulated = {"image_ms": self.simulated_image_ms, "load_ms": self.simulated_load_ms}
+        return load_catalogue(self.models_file, {"simulated": simulated}).select(self.models)
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that make a child process read these same settings."""
+        fields = self.model_dump(exclude_none=True)
+        return {
+            PREFIX + name.upper(): _as_text(value) for name, value in fields.items() if name in self.model_fields_set
+        }
+
+
+class Sourced(NamedTuple):
+    """A setting's value, where it came from and what it means."""
+
+    name: str
+    value: str
+    source: Literal["default", "environment", "flag"]
+    description: str
+
+
+def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
+    """Read the settings; `flags` (by field name, None for unset) go before the environment.
+
+    Raises ConfigurationError naming the variable and what it accepts.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        where = f"--{name.replace('_', '-')}" if name in given else PREFIX + name.upper()
+        raise ConfigurationError(f"{where}: {first['msg']}, not {first['input']!r}") from None
+
+
+def sources(settings: Settings, flags: Mapping[str, Any] | None = None) -> list[Sourced]:
+    """Return every setting with its source, for `zfleet settings`; secrets in URLs are masked."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        variable = PREFIX + name.upper()
+        flagged = (flags or {}).get(name) is not None
+        source: Literal["default", "environment", "flag"] = (
+            "flag" if flagged else "environment" if variable in os.environ else "default"
+        )
+        value = getattr(settings, name)
+        text = mask_url(value) if name in ("redis_url", "url") else "" if value is None else _as_text(value)
+        rows.append(Sourced(variable, text, source, field.description or ""))
+    return rows
+
+
+def child_environment(settings: Settings, **extra: str) -> dict[str, str]:
+    """Return this process's environment with the settings and `extra` on top, for a child process."""
+    return {**os.environ, **settings.environment(), **extra}
+
+
+def mask_url(url: str) -> str:
+    """Return the URL with its password, if any, replaced by ***."""
+    scheme, separator, rest = url.partition("://")
+    credentials, at, host = rest.rpartition("@")
+    if not at:
+        return url
+    user, colon, _ = credentials.partition(":")
+    return f"{scheme}{separator}{user}{colon}{'***' if colon else ''}{at}{host}"
+
+
+def _as_text(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)

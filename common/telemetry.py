@@ -1,0 +1,106 @@
+"""Logs as JSON lines: who did what, for which request and task, in how many milliseconds. Never a prompt, key or body."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import logging.handlers
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import IO, Any
+
+import structlog
+
+from common.settings import Settings
+
+ROTATE_BYTES = 100 * 1024 * 1024
+ROTATE_KEEP = 7
+FORBIDDEN = frozenset(
+    {"prompt", "negative_prompt", "body", "request", "authorization", "api_key", "key", "password", "redis_url"}
+)
+MAX_SLOTS = 256
+
+_locks: list[IO[str]] = []  # held for the life of the process
+
+
+def configure(settings: Settings, role: str, **bound: str) -> None:
+    """Send this process's logs, structlog's and the libraries', to stderr or to `log_dir`/<role>-<slot>.log.
+
+    `bound` (worker, gpu …) stands on every line. Each process takes the first free slot, so no two rotate one file.
+    """
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+        _redact,
+    ]
+    renderer = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ],
+    )
+    handler = _handler(settings.log_dir, role)
+    handler.setFormatter(renderer)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.log_level.upper())
+    for noisy in ("rq", "urllib3", "PIL", "werkzeug"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("retrying").setLevel(logging.CRITICAL)  # it would log a traceback for each try
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.clear_contextvars()
+    _BOUND.clear()
+    _BOUND.update(role=role, **bound)
+
+
+_BOUND: dict[str, str] = {}
+
+
+def get_logger() -> structlog.stdlib.BoundLogger:
+    """Return a logger; call it with an event name and fields, as in `log.info("task_finished", task_id=…)`."""
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+    return logger
+
+
+def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Drop what must never be logged, should a caller pass it; add what this process is."""
+    for name in FORBIDDEN & event.keys():
+        event[name] = "(withheld)"
+    for name, value in _BOUND.items():
+        event.setdefault(name, value)
+    return event
+
+
+def _handler(log_dir: Path | None, role: str) -> logging.Handler:
+    if log_dir is None:
+        return logging.StreamHandler(sys.stderr)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    return logging.handlers.RotatingFileHandler(
+        _free_slot(log_dir, role), maxBytes=ROTATE_BYTES, backupCount=ROTATE_KEEP, encoding="utf-8"
+    )
+
+
+def _free_slot(log_dir: Path, role: str) -> Path:
+    for slot in range(MAX_SLOTS):
+        path = log_dir / f"{role}-{slot}.log"
+        lock = path.with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            continue
+        _locks.append(lock)
+        return path
+    raise OSError(f"{log_dir}: more than {MAX_SLOTS} processes log as {role}")

@@ -1,0 +1,100 @@
+"""Fixtures that chain: redis_server -> settings -> broker. Every server here is a real one; a missing one fails the test."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from common.broker import Broker, NewTask
+from common.schemas import ResolvedRequest, WorkerCard
+from common.settings import Settings, load_settings
+from tests.servers import RedisServer
+
+SubmitFn = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One real redis-server with AOF for the whole run."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(redis_session: RedisServer) -> RedisServer:
+    """The shared redis-server, emptied. A test that kills its Redis starts a RedisServer of its own."""
+    redis_session.flush()
+    return redis_session
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    return redis_server.url
+
+
+@pytest.fixture
+def settings(redis_url: str, tmp_path: Path) -> Settings:
+    """Settings of a fleet that serves `simulated` from this test's own folder."""
+    return load_settings(
+        {
+            "redis_url": redis_url,
+            "data_dir": tmp_path / "data dir",
+            "models": ("simulated", "pico"),
+            "devices": "cpu",
+            "simulated_image_ms": 40.0,
+        }
+    )
+
+
+@pytest.fixture
+def broker(settings: Settings) -> Iterator[Broker]:
+    broker = Broker(settings)
+    yield broker
+    broker.close()
+
+
+def resolved(**changes: object) -> ResolvedRequest:
+    """A request for the simulated model, with changes."""
+    fields: dict[str, object] = {
+        "prompt": "a red circle",
+        "model": "simulated",
+        "width": 64,
+        "height": 64,
+        "steps": 4,
+        "guidance_scale": 0.0,
+        "seed": 1,
+        "n": 1,
+        "format": "png",
+        "quality": 85,
+        "priority": "normal",
+    }
+    return ResolvedRequest.model_validate(fields | changes)
+
+
+@pytest.fixture
+def submit(broker: Broker) -> SubmitFn:
+    """Submit a task straight to the broker; returns its id. Keywords change the request; `tenant` the tenant."""
+
+    def submit_one(*, tenant: str = "default", **changes: object) -> str:
+        task = NewTask(task_id=secrets.token_hex(16), tenant=tenant, request=resolved(**changes))
+        return broker.submit(task).task_id
+
+    return submit_one
+
+
+@pytest.fixture
+def card() -> Callable[[str], WorkerCard]:
+    """A worker's card by its name."""
+
+    def make(name: str) -> WorkerCard:
+        now = datetime.now(UTC)
+        return WorkerCard(
+            name=name, host="host", pid=1, state="idle", device="cpu", models=["simulated"], models_loaded=[],
+            capacity=1, running=[], images_done=0, rss_mb=1, started_at=now, seen_at=now,
+        )  # fmt: skip
+
+    return make

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+
+from common import connection
+from common.broker import FOREVER, Broker
+from common.connection import connect, patiently
+from common.errors import ConfigurationError, RedisUnavailable
+from common.settings import load_settings
+from tests.servers import RedisServer, free_port
+
+
+def failing(times: int, error: Exception) -> Callable[[], str]:
+    tries = iter(range(times))
+
+    def call() -> str:
+        for _ in tries:
+            raise type(error)(*error.args)  # a new one each time: one exception would gather every traceback
+        return "done"
+
+    return call
+
+
+def test_a_transient_error_is_tried_again() -> None:
+    assert patiently(failing(3, redis.ConnectionError("gone")), patience_s=5, timeout_s=0.1) == "done"
+
+
+@pytest.mark.parametrize("reply", ["LOADING dataset", "READONLY replica", "MISCONF disk", "OOM command"])
+def test_a_redis_that_refuses_for_now_is_tried_again(reply: str) -> None:
+    error = redis.ReadOnlyError(reply) if reply.startswith("READONLY") else redis.ResponseError(reply)
+    assert patiently(failing(1, error), patience_s=5, timeout_s=0.1) == "done"
+
+
+def test_another_error_is_not() -> None:
+    with pytest.raises(redis.ResponseError):
+        patiently(failing(1, redis.ResponseError("ERR wrong type")), patience_s=5, timeout_s=0.1)
+
+
+def test_a_thousand_tries_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "LONGEST_WAIT_MS", 0)
+    assert patiently(failing(1500, redis.TimeoutError("slow")), patience_s=FOREVER, timeout_s=1) == "done"
+
+
+def test_giving_up_ends_the_tries() -> None:
+    with pytest.raises(RedisUnavailable):
+        patiently(failing(99, redis.ConnectionError("gone")), patience_s=FOREVER, timeout_s=1, give_up=lambda: True)
+
+
+def test_a_redis_that_is_away_is_told_within_the_patience() -> None:
+    settings = load_settings({"redis_url": f"redis://127.0.0.1:{free_port()}/0"})
+    began = time.monotonic()
+    with pytest.raises(RedisUnavailable):
+        Broker(settings).pending()
+    assert time.monotonic() - began < 3
+
+
+def test_a_redis_that_hangs_is_told_within_the_patience(tmp_path: Path) -> None:
+    import signal
+
+    with RedisServer(tmp_path) as server:
+        broker = Broker(load_settings({"redis_url": server.url}))
+        broker.probe()
+        server.signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(RedisUnavailable):
+            broker.pending()
+        assert time.monotonic() - began < 3
+        server.signal(signal.SIGCONT)
+        assert broker.pending() == 0
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host", "redis+sentinel://host:26379", "redis+sentinel://host:port/mymaster", "redis://h:x/0", ""]
+)
+def test_a_wrong_url_is_a_configuration_error(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="ZFLEET_REDIS_URL"):
+        connect(url, timeout_s=1)
+
+
+def test_a_password_in_a_wrong_url_is_not_shown() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        connect("http://user:hunter2@host", timeout_s=1)
+    assert "hunter2" not in caught.value.message
