@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import redis
 
 from common import keys
-from common.connection import connect, patiently, transient
+from common.connection import command, connect, patiently, transient
 from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
 from common.schemas import (
     PRIORITIES,
@@ -64,7 +64,7 @@ class NewTask:
 
 
 class Submitted(NamedTuple):
-    """What became of a submit: the task's id, whether this call made it, the tasks before it, and seconds until it is done."""
+    """What became of a submit: its id, whether this call made it, how many stand before it, seconds until it is done."""
 
     task_id: str
     created: bool
@@ -390,9 +390,9 @@ class Broker:
 
         def send() -> Any:
             try:
-                return self._redis.execute_command("EVALSHA", sha, 0, *args)
+                return command(self._redis, "EVALSHA", sha, 0, *args)
             except redis.exceptions.NoScriptError:
-                return self._redis.execute_command("EVAL", source, 0, *args)
+                return command(self._redis, "EVAL", source, 0, *args)
 
         return self._patiently(send, patience_s=patience_s, give_up=give_up)
 

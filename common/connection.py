@@ -42,10 +42,35 @@ def connect(url: str, *, timeout_s: float, decode: bool = True, pool_size: int =
     try:
         if url.startswith(("redis+sentinel://", "rediss+sentinel://")):
             return _from_sentinel(url, options)
-        pool = redis.BlockingConnectionPool.from_url(url, max_connections=pool_size, timeout=timeout_s, **options)
+        pool = _Pool.from_url(url, max_connections=pool_size, timeout=timeout_s, **options)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"ZFLEET_REDIS_URL {mask_url(url)!r}: {error}") from None
     return redis.Redis(connection_pool=pool)
+
+
+def command(client: redis.Redis, *args: str | float) -> Any:
+    """Send one command and return its plain reply: without redis-py's metrics, which take as long as the command."""
+    pool: Any = client.connection_pool
+    connection = pool.get_connection()
+    try:
+        connection.send_command(*args)
+        return connection.read_response()  # both close the connection on any error
+    finally:
+        pool.release(connection)
+
+
+class _Pool(redis.BlockingConnectionPool):
+    """A pool that hands a connection out without first looking whether it is still good.
+
+    redis-py polls the socket before every command, which under gevent costs more than the command. A connection that
+    died shows it by an error, and `patiently` sends again; one that was left in the middle of a reply has been closed.
+    """
+
+    def make_connection(self) -> Any:
+        connection: Any = super().make_connection()  # type: ignore[no-untyped-call]
+        look = connection.can_read
+        connection.can_read = lambda timeout=0: timeout > 0 and look(timeout)
+        return connection
 
 
 def _from_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
@@ -62,7 +87,8 @@ def _from_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
     options |= dict(parse_qsl(parts.query))
     if parts.scheme.startswith("rediss"):
         options["ssl"] = True
-    sentinel = Sentinel(
+    untyped: Any = Sentinel  # redis-py gives this class no types
+    sentinel = untyped(
         nodes, sentinel_kwargs={k: options[k] for k in ("socket_timeout", "socket_connect_timeout")}, **options
     )
     client: redis.Redis = sentinel.master_for(

@@ -1,4 +1,4 @@
-"""Everything that can go wrong and has a name. An error knows its code and whether a retry may help, never an HTTP status."""
+"""Everything that can go wrong and has a name. An error knows its code and whether to retry, never an HTTP status."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Catalogue(Mapping[str, ModelSpec]):
         return next(iter(self._specs.values()))
 
     def select(self, names: Iterable[str]) -> Catalogue:
-        """Return the catalogue cut down to these names, in their order; raises ConfigurationError for an unknown one."""
+        """Return the catalogue cut down to these names, in their order; raises ConfigurationError for others."""
         chosen = []
         for name in names:
             if name not in self._specs:

@@ -1,4 +1,4 @@
-"""Fixtures that chain: redis_server -> settings -> broker. Every server here is a real one; a missing one fails the test."""
+"""Fixtures that chain: redis_server -> settings -> broker. Every server is a real one; a missing one fails the test."""
 
 from __future__ import annotations
 

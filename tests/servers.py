@@ -61,7 +61,7 @@ class Server:
         return self.process.pid
 
     def start(self) -> Self:
-        with self.log.open("ab") if self.log else open(os.devnull, "wb") as output:
+        with (self.log or Path(os.devnull)).open("ab") as output:
             self.process = subprocess.Popen(
                 self.command, env=self.env, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
                 start_new_session=True,

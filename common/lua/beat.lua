@@ -9,7 +9,6 @@ local registration = K.RQ_WORKER .. worker
 local registered = redis.call('EXISTS', registration)
 if registered == 1 then
   redis.call('HSET', registration, 'last_heartbeat', iso(now), 'state', ARGV[6])
-  if ARGV[6] == 'idle' then redis.call('HDEL', registration, 'current_job') end
   redis.call('EXPIRE', registration, ARGV[5])
 end
 local verdicts = {registered}

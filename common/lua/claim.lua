@@ -97,7 +97,8 @@ for model in pairs(left) do ring(model) end
 if #runs > 0 then
   redis.call('SET', K.CLAIM .. worker, cjson.encode({token = token, runs = runs}), 'EX', K.CLAIM_TTL_S)
   if redis.call('EXISTS', K.RQ_WORKER .. worker) == 1 then
-    redis.call('HSET', K.RQ_WORKER .. worker, 'state', 'busy', 'current_job', runs[#runs][1])
+    -- no current_job: a worker here has several, and rq-dashboard would read that job as pickle and fail
+    redis.call('HSET', K.RQ_WORKER .. worker, 'state', 'busy')
   end
 end
 return answer

@@ -1,0 +1,16 @@
+"""The same as tests/unit/worker/test_gpu.py, with a real driver."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker import gpu
+
+
+@pytest.mark.gpu
+def test_the_driver_gives_every_figure() -> None:
+    assert gpu.choose("all")[0] == "0"
+    reading = gpu.read(0)
+    assert reading is not None
+    assert reading.memory_total_mb and reading.memory_total_mb > (reading.memory_used_mb or 0)
+    assert None not in (reading.utilisation_percent, reading.temperature_c, reading.power_w)

@@ -1,0 +1,151 @@
+"""On a GPU: batches equal the stock calls, a seed draws what it draws on a CPU, and memory comes back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from numpy.typing import NDArray
+
+from common.models import BUILT_IN, ModelSpec
+from worker import pico
+from worker.pipelines.base import ImageRequest
+from worker.pipelines.zimage import Pipeline
+
+pytestmark = pytest.mark.gpu
+
+PICO = next(spec for spec in BUILT_IN if spec.name == "pico")
+FLOAT32 = 1e-3  # largest difference of values in 0..1: other tile shapes, and TF32 in the decoder's convolutions
+BFLOAT16 = 0.04  # mean difference: on a CPU up to 0.021, with guidance; another prompt's picture is 0.15 away
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def load(cache: Path, device: str, dtype: str = "float32") -> Pipeline:
+    made = Pipeline(ModelSpec.model_validate(PICO.model_dump() | {"dtype": dtype}), device=device, cache_dir=cache)
+    made.load()
+    return made
+
+
+@pytest.fixture(scope="module")
+def pipeline(cache: Path) -> Iterator[Pipeline]:
+    made = load(cache, "cuda")
+    yield made
+    made.release_memory()
+
+
+def requests(seed: int) -> list[ImageRequest]:
+    """Draw a batch of four of different sizes, step counts and guidance."""
+    draw = random.Random(seed)
+    return [
+        ImageRequest(
+            prompt=draw.choice(("a red circle left of a green square", "左边红色圆形，灰色背景", "🦊 " * 200)),
+            negative_prompt="blurry",
+            width=draw.choice((64, 96, 128, 256)),
+            height=draw.choice((64, 112, 160, 256)),
+            steps=draw.randint(1, 8),
+            guidance_scale=guidance,
+            seed=draw.randrange(2**32),
+        )
+        for guidance in (0.0, 0.0, 0.0, 3.0)
+    ]
+
+
+def batched(pipeline: Pipeline, asked: list[ImageRequest]) -> list[NDArray[np.float32]]:
+    """Admit one more request at every step; return the pictures as floats."""
+    runs = [pipeline.start(request) for request in asked]
+    admitted = 1
+    while active := [run for run in runs[:admitted] if not run.done] or runs[admitted : admitted + 1]:
+        pipeline.step(active)
+        admitted += 1
+    return [pipeline.decode(run).cpu().numpy() for run in runs]
+
+
+def reference(cache: Path, asked: list[ImageRequest], dtype: torch.dtype) -> list[NDArray[np.float32]]:
+    stock: Any = ZImagePipeline.from_pretrained(pico.folder(cache), dtype=dtype, local_files_only=True).to("cuda")
+    stock.set_progress_bar_config(disable=True)
+    return [
+        stock(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            max_sequence_length=PICO.max_tokens,
+            output_type="np",
+        ).images[0]
+        for request in asked
+    ]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_batch_in_float32_equals_the_stock_calls(pipeline: Pipeline, cache: Path, seed: int) -> None:
+    asked = requests(seed)
+    for mine, theirs in zip(batched(pipeline, asked), reference(cache, asked, torch.float32), strict=True):
+        assert np.abs(mine - theirs).max() <= FLOAT32
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_in_bfloat16_is_close_to_the_stock_calls(cache: Path, seed: int) -> None:
+    asked = requests(seed)
+    pipeline = load(cache, "cuda", "bfloat16")
+    assert pipeline._parts.transformer.dtype is torch.bfloat16
+    for mine, theirs in zip(batched(pipeline, asked), reference(cache, asked, torch.bfloat16), strict=True):
+        assert np.abs(mine - theirs).mean() <= BFLOAT16
+
+
+def test_a_seed_means_the_same_picture_on_a_cpu(pipeline: Pipeline, cache: Path) -> None:
+    asked = requests(9)
+    for here, there in zip(batched(pipeline, asked), batched(load(cache, "cpu"), asked), strict=True):
+        assert np.abs(here - there).max() <= 5 * FLOAT32
+
+
+def test_runs_give_their_memory_back_when_discarded(pipeline: Pipeline) -> None:
+    def stop_at(step: int) -> None:
+        runs = [pipeline.start(request) for request in requests(3)]
+        for _ in range(step):
+            pipeline.step([run for run in runs if not run.done])
+        assert torch.cuda.memory_allocated() > settled
+        for run in runs:
+            if run.done:
+                pipeline.finish(run)
+            pipeline.discard(run)
+
+    settled = 0
+    stop_at(8)  # the first time brings in the libraries' workspaces, which stay
+    settled = torch.cuda.memory_allocated()
+    for step in (8, 1, 0, 8):
+        stop_at(step)
+        assert torch.cuda.memory_allocated() == settled
+
+
+def test_unused_memory_goes_back_to_the_device(pipeline: Pipeline) -> None:
+    pipeline.release_memory()
+    low = pipeline.memory_used_mb()
+    assert low * MIB >= torch.cuda.memory_allocated()
+    scratch = torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
+    del scratch
+    assert pipeline.memory_used_mb() >= low + 512
+    pipeline.release_memory()
+    assert pipeline.memory_used_mb() <= low
+
+
+def test_a_picture_leaves_the_gpu_as_an_array(pipeline: Pipeline) -> None:
+    run = pipeline.start(requests(5)[0])
+    while not run.done:
+        pipeline.step([run])
+    array = pipeline.finish(run)
+    assert array.dtype == np.uint8
+    assert array.shape == (run.request.height, run.request.width, 3)

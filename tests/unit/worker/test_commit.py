@@ -1,0 +1,142 @@
+"""From pixels to a visible result, with a real Redis and real files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.broker import Broker
+from common.errors import StorageError
+from common.schemas import TaskStatus
+from common.settings import Settings
+from common.storage import open_storage
+from tests.conftest import SubmitFn
+from worker.commit import Committer
+from worker.encoding import encode
+from worker.engine import HeldTask
+
+PIXELS = np.zeros((64, 64, 3), np.uint8)
+
+
+def held(broker: Broker, worker: str = "w1") -> HeldTask:
+    (claimed,) = broker.claim(worker, "cpu", ["simulated"], 9).tasks
+    task = HeldTask(claimed=claimed, deadline=None, outcome="succeeded")
+    task.pixels = {k: PIXELS.copy() for k in range(claimed.request.n)}
+    return task
+
+
+def commit(broker: Broker, settings: Settings, task: HeldTask, worker: str = "w1") -> None:
+    committer = Committer(worker, broker, open_storage(settings), committed=lambda _: None)
+    committer.commit(task)
+    committer.close()
+
+
+def test_a_success_is_stored_then_told(broker: Broker, settings: Settings, submit: SubmitFn) -> None:
+    task_id = submit(n=2, format="webp", seed=7)
+    commit(broker, settings, held(broker))
+    record = broker.view(task_id)
+    assert record is not None
+    assert record.status is TaskStatus.SUCCEEDED
+    assert [image.seed for image in record.images] == [7, 8]
+    for image in record.images:
+        data = open_storage(settings).read(image.key)
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (image.bytes, image.sha256)
+        assert Image.open(io.BytesIO(data)).size == (64, 64)
+
+
+def test_two_workers_write_two_files_for_one_task(broker: Broker, settings: Settings, submit: SubmitFn) -> None:
+    task_id = submit()
+    old = held(broker, "w1")
+    broker.reap("w1")
+    new = held(broker, "w2")
+    commit(broker, settings, new, "w2")
+    commit(broker, settings, old, "w1")
+    assert old.outcome == "lost"
+    record = broker.view(task_id)
+    assert record is not None
+    files = [path for path in settings.results_dir.rglob("*") if path.is_file()]
+    assert files == [settings.results_dir / record.images[0].key]
+    assert "/w2/" in record.images[0].key
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"), [("canceled", "canceled"), ("failed", "failed"), ("released", "queued")]
+)
+def test_other_outcomes_store_nothing(
+    broker: Broker, settings: Settings, submit: SubmitFn, outcome: str, status: str
+) -> None:
+    task_id = submit()
+    task = held(broker)
+    task.outcome = outcome  # type: ignore[assignment]
+    commit(broker, settings, task)
+    record = broker.view(task_id)
+    assert record is not None
+    assert (record.status, record.images) == (status, [])
+    assert not list(settings.results_dir.rglob("*.png"))
+
+
+def test_a_storage_that_fails_for_good_fails_the_task_with_its_reason(
+    broker: Broker, settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.commit.STORE_WAIT_S", 0.0)
+    settings.results_dir.parent.mkdir(parents=True)
+    settings.results_dir.write_text("in the way")
+    task_id = submit()
+    commit(broker, settings, held(broker))
+    record = broker.view(task_id)
+    assert record is not None
+    assert record.error is not None
+    assert (record.error.code, record.error.retryable) == ("storage_error", True)
+
+
+def test_a_storage_that_fails_once_is_tried_again(
+    broker: Broker, settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.commit.STORE_WAIT_S", 0.0)
+    store = open_storage(settings)
+    put, failures = store.put, iter([StorageError("full")])
+
+    def flaky(key: str, data: bytes) -> None:
+        for failure in failures:
+            raise failure
+        put(key, data)
+
+    monkeypatch.setattr(store, "put", flaky)
+    task_id = submit()
+    committer = Committer("w1", broker, store, committed=lambda _: None)
+    committer.commit(held(broker))
+    committer.close()
+    assert broker.view(task_id).status is TaskStatus.SUCCEEDED  # type: ignore[union-attr]
+
+
+def test_commit_returns_at_once_and_says_when_it_is_through(
+    broker: Broker, settings: Settings, submit: SubmitFn
+) -> None:
+    submit()
+    through = threading.Event()
+    committer = Committer("w1", broker, open_storage(settings), committed=lambda _: through.set())
+    committer.commit(held(broker))
+    assert through.wait(5)
+    committer.close()
+
+
+@pytest.mark.parametrize("image_format", ["webp", "png", "jpeg"])
+def test_encoding_keeps_the_picture(image_format: str) -> None:
+    y, x = np.mgrid[0:48, 0:80]
+    pixels = np.stack([x * 3, y * 5, np.full_like(x, 90)], axis=-1).astype(np.uint8)
+    image = Image.open(io.BytesIO(encode(pixels, image_format, 85)))  # type: ignore[arg-type]
+    assert (image.format or "").lower() == image_format
+    assert image.size == (80, 48)
+    difference = np.abs(np.asarray(image.convert("RGB")).astype(int) - pixels)
+    assert difference.mean() < (0.01 if image_format == "png" else 6)
+
+
+def test_a_higher_quality_makes_a_larger_file() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    for image_format in ("webp", "jpeg"):
+        assert len(encode(pixels, image_format, 95)) > len(encode(pixels, image_format, 40))  # type: ignore[arg-type]

@@ -1,0 +1,215 @@
+"""Who advances with whom, and what becomes of a run that is stopped, late or broken."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from common.broker import Claimed
+from common.models import ModelSpec
+from tests.conftest import resolved
+from worker.engine import Engine, HeldTask
+from worker.pipelines.base import BasePipeline, ImageRequest, Run
+
+SPEC = ModelSpec(name="simulated", source="builtin", pipeline="simulated")
+
+
+class Recorder(BasePipeline):
+    """A pipeline that notes each batch and breaks on a prompt that says so."""
+
+    def __init__(self) -> None:
+        super().__init__(SPEC, device="cpu", cache_dir=Path())
+        self.batches: list[list[int]] = []
+        self.alive: set[int] = set()
+
+    def load(self) -> None: ...
+
+    def start(self, request: ImageRequest) -> Run:
+        if request.prompt == "break start":
+            raise RuntimeError("secret prompt text")
+        run = Run(request=request, warnings=["cut"] if request.prompt == "long" else [])
+        self.alive.add(id(run))
+        return run
+
+    def step(self, runs: Sequence[Run]) -> None:
+        self.batches.append([run.request.seed for run in runs])
+        if any(run.request.prompt == "break step" for run in runs):
+            raise RuntimeError("out of memory")
+        for run in runs:
+            run.step += 1
+
+    def finish(self, run: Run) -> NDArray[np.uint8]:
+        if run.request.prompt == "break finish":
+            raise RuntimeError
+        return np.full((run.request.height, run.request.width, 3), run.request.seed, np.uint8)
+
+    def discard(self, run: Run) -> None:
+        self.alive.discard(id(run))
+
+
+class Bench:
+    """An engine over a Recorder, with what it retired."""
+
+    def __init__(self, limit: int = 4, **limits: int) -> None:
+        self.pipeline = Recorder()
+        self.retired: list[HeldTask] = []
+        self.engine = Engine(
+            pipeline=lambda _: self.pipeline, batch_limits={"simulated": limit, **limits}, retire=self.retired.append
+        )
+
+    def offer(self, seed: int, **changes: object) -> HeldTask:
+        deadline_in_s = changes.pop("deadline_in_s", None)
+        claimed = Claimed(
+            task_id=f"task{seed}", fence=1, queue="q", request=resolved(seed=seed, **changes), request_id="",
+            queued_ms=0, deadline_in_s=None,
+        )  # fmt: skip
+        deadline = time.monotonic() + float(str(deadline_in_s)) if deadline_in_s is not None else None
+        task = HeldTask(claimed=claimed, deadline=deadline)
+        self.engine.offer(task)
+        return task
+
+    def run(self) -> None:
+        while self.engine.turn(0):
+            pass
+
+
+def test_runs_of_any_age_size_and_length_advance_in_one_batch() -> None:
+    bench = Bench()
+    bench.offer(1, steps=3)
+    bench.engine.turn(0)
+    bench.offer(2, steps=2, width=128)
+    bench.run()
+    assert bench.pipeline.batches == [[1], [1, 2], [1, 2]]
+    assert [task.claimed.task_id for task in bench.retired] == ["task1", "task2"]
+    assert bench.retired[1].pixels[0].shape == (64, 128, 3)
+    assert not bench.pipeline.alive
+
+
+def test_a_full_batch_lets_the_next_in_as_soon_as_one_leaves() -> None:
+    bench = Bench(limit=2)
+    for seed, steps in ((1, 1), (2, 3), (3, 1)):
+        bench.offer(seed, steps=steps)
+    bench.run()
+    assert bench.pipeline.batches == [[1, 2], [2, 3], [2]]
+
+
+def test_the_pictures_of_one_task_run_together_and_end_it_together() -> None:
+    bench = Bench(limit=2)
+    task = bench.offer(10, n=3, steps=2)
+    bench.run()
+    assert bench.pipeline.batches == [[10, 11], [10, 11], [12], [12]]
+    assert bench.retired == [task]
+    assert [int(task.pixels[k][0, 0, 0]) for k in range(3)] == [10, 11, 12]
+
+
+def test_room_counts_runs_on_their_last_step_as_gone() -> None:
+    bench = Bench(limit=2)
+    assert bench.engine.await_room(0) == 2
+    bench.offer(1, steps=2)
+    assert bench.engine.await_room(0) == 1
+    bench.offer(2, steps=3)
+    rooms: list[int] = []
+    step = bench.pipeline.step
+    bench.pipeline.step = lambda runs: (rooms.append(bench.engine.await_room(0)), step(runs))[1]  # type: ignore[method-assign]
+    bench.run()
+    assert rooms == [0, 1, 2]
+
+
+def test_a_waiting_feeder_hears_of_room() -> None:
+    bench = Bench(limit=1)
+    bench.offer(1, steps=2)
+    heard: list[int] = []
+    feeder = threading.Thread(target=lambda: heard.append(bench.engine.await_room(5)))
+    feeder.start()
+    bench.run()
+    feeder.join(5)
+    assert heard == [1]
+
+
+@pytest.mark.parametrize("where", ["start", "step", "finish"])
+def test_a_broken_run_fails_alone_and_its_error_quotes_nothing(where: str) -> None:
+    bench = Bench()
+    good, bad, other = bench.offer(1), bench.offer(2, prompt=f"break {where}"), bench.offer(3)
+    bench.run()
+    assert [task.outcome for task in (good, bad, other)] == ["succeeded", "failed", "succeeded"]
+    assert bad.error is not None
+    assert (bad.error.code, "secret" in bad.error.message) == ("pipeline_failed", False)
+    assert len(bench.retired) == 3
+    assert not bench.pipeline.alive
+
+
+@pytest.mark.parametrize(("verdict", "outcome"), [("cancel", "canceled"), ("lost", "lost")])
+def test_a_verdict_stops_a_run_at_the_next_step(verdict: str, outcome: str) -> None:
+    bench = Bench()
+    stopped, other = bench.offer(1, steps=9), bench.offer(2, steps=2)
+    bench.engine.turn(0)
+    stopped.verdict = verdict  # type: ignore[assignment]
+    bench.run()
+    assert (stopped.outcome, stopped.pixels, other.outcome) == (outcome, {}, "succeeded")
+    assert bench.pipeline.batches == [[1, 2], [2]]
+    assert not bench.pipeline.alive
+
+
+def test_a_deadline_ends_a_run_at_the_step_boundary() -> None:
+    bench = Bench()
+    late = bench.offer(1, steps=9, deadline_in_s=0.02, deadline_s=5.0)
+    bench.engine.turn(0)
+    time.sleep(0.03)
+    bench.run()
+    assert late.error is not None
+    assert (late.outcome, late.error.code) == ("failed", "deadline_exceeded")
+    assert len(bench.pipeline.batches) == 1
+
+
+def test_models_take_turns() -> None:
+    bench = Bench(limit=2, pico=2)
+    bench.offer(1, steps=2)
+    bench.offer(2, steps=2, model="pico")
+    bench.run()
+    assert sorted(bench.pipeline.batches[:2]) == [[1], [2]]
+    assert len(bench.pipeline.batches) == 4
+
+
+def test_release_gives_back_what_has_not_begun_and_then_the_rest() -> None:
+    bench = Bench(limit=1)
+    running, waiting = bench.offer(1, steps=3), bench.offer(2)
+    bench.engine.turn(0)
+    bench.engine.release(begun=False)
+    assert (running.outcome, waiting.outcome) == (None, "released")
+    bench.engine.release(begun=True)
+    assert running.outcome == "released"
+    assert bench.engine.idle
+    assert not bench.pipeline.alive
+
+
+def test_progress_is_the_slowest_pictures() -> None:
+    bench = Bench(limit=1)
+    task = bench.offer(1, n=2, steps=2)
+    bench.engine.turn(0)
+    assert task.steps_done == 0
+    bench.run()
+    assert task.steps_done == 2
+
+
+def test_warnings_are_told_once() -> None:
+    bench = Bench()
+    task = bench.offer(1, n=3, prompt="long")
+    bench.run()
+    assert task.warnings == ["cut"]
+
+
+def test_an_idle_turn_waits_for_work_and_hurry_ends_the_waiting() -> None:
+    bench = Bench()
+    began = time.monotonic()
+    assert not bench.engine.turn(0.1)
+    assert time.monotonic() - began >= 0.1
+    bench.engine.hurry()
+    began = time.monotonic()
+    assert not bench.engine.turn(5)
+    assert time.monotonic() - began < 1

@@ -1,0 +1,67 @@
+"""What the driver says, with a mocked driver; tests/gpu has the real one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+
+from common.errors import ConfigurationError
+from worker import gpu
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda _: "NVIDIA H200",
+        "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(used=3 * gpu.MIB, total=1000 * gpu.MIB),
+        "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=97),
+        "nvmlDeviceGetTemperature": unsupported,
+        "nvmlDeviceGetPowerUsage": lambda _: 412_345,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+
+
+def test_without_a_driver_there_is_nothing_and_no_error(no_driver: None) -> None:
+    assert gpu.count() == 0
+    assert gpu.read(0) is None
+    assert gpu.choose("all") == ["cpu"]
+    with pytest.raises(ConfigurationError, match="which has 0"):
+        gpu.choose("0")
+
+
+def test_devices_are_chosen_by_index(two_gpus: None) -> None:
+    assert gpu.choose("all") == ["0", "1"]
+    assert gpu.choose("1") == ["1"]
+    assert gpu.choose(" 1, 0") == ["1", "0"]
+    assert gpu.choose("cpu") == ["cpu"]
+
+
+@pytest.mark.parametrize("devices", ["2", "0,7", "cuda", "-1", "", "0,,1"])
+def test_a_device_that_is_not_there_is_refused(two_gpus: None, devices: str) -> None:
+    with pytest.raises(ConfigurationError, match="not a GPU of this machine, which has 2"):
+        gpu.choose(devices)
+
+
+def test_a_figure_the_driver_does_not_give_is_null(two_gpus: None) -> None:
+    reading = gpu.read(1)
+    assert reading is not None
+    assert (reading.name, reading.index, reading.memory_used_mb, reading.memory_total_mb) == ("NVIDIA H200", 1, 3, 1000)
+    assert (reading.utilisation_percent, reading.temperature_c, reading.power_w) == (97, None, 412.345)

@@ -1,0 +1,88 @@
+"""A worker's pulse on a real Redis: leases stay, progress is told, verdicts arrive, outages pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from common.broker import Broker
+from common.errors import RedisUnavailable
+from common.schemas import WorkerCard
+from common.settings import Settings
+from tests.conftest import SubmitFn
+from tests.servers import eventually
+from worker.engine import HeldTask
+from worker.pulse import Pulse
+
+
+class Held:
+    """A pulse over whatever is in `tasks`."""
+
+    def __init__(self, broker: Broker, card: WorkerCard) -> None:
+        self.broker = broker
+        self.tasks: list[HeldTask] = []
+        self.registered = threading.Event()
+        self.pulse = Pulse(
+            card.name, broker, beat_s=0.1, card=lambda: card, held=lambda: self.tasks, register=self.registered.set
+        )
+
+    def take(self) -> HeldTask:
+        (claimed,) = self.broker.claim("w1", "cpu", ["simulated"], 1).tasks
+        self.tasks.append(HeldTask(claimed=claimed, deadline=None, began=1.0))
+        return self.tasks[-1]
+
+
+@pytest.fixture
+def held(settings: Settings, card: Callable[[str], WorkerCard]) -> Iterator[Held]:
+    held = Held(Broker(settings.model_copy(update={"lease_s": 0.5, "beat_s": 0.1})), card("w1"))
+    held.pulse.start()
+    yield held
+    held.pulse.stop()
+
+
+def test_a_beating_worker_is_seen_and_keeps_its_lease(held: Held, submit: SubmitFn) -> None:
+    submit()
+    held.take()
+    assert [card.name for card in held.broker.workers()] == ["w1"]
+    for _ in range(5):
+        threading.Event().wait(0.2)
+        assert held.broker.reap() == []
+
+
+def test_a_worker_that_rq_forgot_registers_again(held: Held) -> None:
+    assert held.registered.wait(2)
+
+
+def test_progress_is_told_when_it_changes(held: Held, submit: SubmitFn) -> None:
+    task_id = submit()
+    task = held.take()
+    task.steps_done = 3
+    held.pulse.stepped()
+    eventually(lambda: held.broker.view(task_id).step == 3, within_s=2)  # type: ignore[union-attr]
+
+
+def test_a_cancel_reaches_the_task(held: Held, submit: SubmitFn) -> None:
+    task_id = submit()
+    task = held.take()
+    held.broker.cancel(task_id, "default")
+    eventually(lambda: task.verdict == "cancel", within_s=2)
+
+
+def test_a_lost_lease_reaches_the_task(held: Held, submit: SubmitFn) -> None:
+    submit()
+    task = held.take()
+    held.broker.reap("w1")
+    eventually(lambda: task.verdict == "lost", within_s=2)
+
+
+def test_an_outage_does_not_stop_the_pulse(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat, beats = held.broker.beat, threading.Event()
+
+    def away(*_: object) -> None:
+        monkeypatch.setattr(held.broker, "beat", lambda *args: (beats.set(), beat(*args))[1])
+        raise RedisUnavailable("away")
+
+    monkeypatch.setattr(held.broker, "beat", away)
+    assert beats.wait(3)

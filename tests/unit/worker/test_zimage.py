@@ -1,0 +1,347 @@
+"""The batched pipeline draws what the stock diffusers call draws, to 1e-4, whatever shares the batch."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from numpy.typing import NDArray
+
+from common.errors import ModelLoadFailed, PipelineFailed
+from common.models import BUILT_IN, ModelSpec
+from worker import pico
+from worker.pipelines.base import ImageRequest, Run
+from worker.pipelines.zimage import Pipeline
+
+PICO = next(spec for spec in BUILT_IN if spec.name == "pico")
+MIXES = 36
+TOLERANCE = 1e-4  # of values in 0..1; a step of uint8 is forty times that
+
+PROMPTS = (
+    "a red circle left of a green square on a grey background",
+    "左边红色圆形，右边绿色正方形，灰色背景",
+    "دائرة حمراء إلى يسار مربع أخضر",
+    "🦊🌈 👩‍👩‍👧 im Schnee",
+    "",
+    "a" * 300,
+    "a photo of a golden moon above a small boat, 8k, cinematic light",
+)
+NEGATIVES = (None, "", "blurry, grey", "模糊")
+LONG = ("A fox in the snow. 雪地里的狐狸。 ثعلب في الثلج. Лиса в снегу. 🦊❄️ " * 400)[:16_000]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: pico gains little from more, and threads that wait for a busy core lose a lot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def pipeline(cache: Path) -> Pipeline:
+    made = Pipeline(PICO, device="cpu", cache_dir=cache)
+    made.load()
+    return made
+
+
+@pytest.fixture(scope="module")
+def stock(cache: Path) -> Any:
+    made = ZImagePipeline.from_pretrained(pico.folder(cache), local_files_only=True)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture
+def forwards(pipeline: Pipeline) -> Iterator[list[int]]:
+    """The number of items in each transformer forward of this test, in order."""
+    items: list[int] = []
+    transformer = pipeline._parts.transformer
+    hook = transformer.register_forward_pre_hook(lambda _module, args: items.append(len(args[0])))
+    yield items
+    hook.remove()
+
+
+def ask(prompt: str = PROMPTS[0], **changes: Any) -> ImageRequest:
+    fields: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "guidance_scale": 0.0, "seed": 1}
+    return ImageRequest(prompt=prompt, **(fields | changes))
+
+
+def draw_request(draw: random.Random) -> ImageRequest:
+    """Draw a request: mostly small and unguided, as far as 256 pixels and 10 steps."""
+    side = (64, 80, 96, 112, 128) if draw.random() < 0.94 else (160, 208, 256)
+    guided = draw.random() < 0.2
+    return ImageRequest(
+        prompt=draw.choice(PROMPTS),
+        negative_prompt=draw.choice(NEGATIVES),
+        width=draw.choice(side),
+        height=draw.choice(side),
+        steps=draw.choice((1, 1, 2, 2, 3, 3, 4, 5, 8, 10)),
+        guidance_scale=round(draw.uniform(0.5, 5.0), 2) if guided else 0.0,
+        seed=draw.randrange(2**32),
+    )
+
+
+def batched(pipeline: Pipeline, requests: list[tuple[int, ImageRequest]]) -> list[NDArray[np.float32]]:
+    """Advance requests together, each joining at its tick; return their pictures as floats."""
+    waiting = sorted(requests, key=lambda entry: entry[0])
+    runs: dict[int, Run] = {}
+    tick = 0
+    while waiting or any(not run.done for run in runs.values()):
+        while waiting and waiting[0][0] <= tick:
+            request = waiting.pop(0)[1]
+            runs[id(request)] = pipeline.start(request)
+        pipeline.step([run for run in runs.values() if not run.done])
+        tick += 1
+    return [pipeline.decode(runs[id(request)]).numpy() for _, request in requests]
+
+
+def reference(stock: Any, request: ImageRequest) -> NDArray[np.float32]:
+    picture: NDArray[np.float32] = stock(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        max_sequence_length=PICO.max_tokens,
+        output_type="np",
+    ).images[0]
+    return picture
+
+
+def difference(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    assert one.shape == other.shape
+    return float(np.abs(one - other).max())
+
+
+@pytest.mark.parametrize("mix", range(MIXES))
+def test_a_run_in_any_company_equals_the_stock_call(pipeline: Pipeline, stock: Any, mix: int) -> None:
+    draw = random.Random(mix)
+    requests = [(draw.randrange(6), draw_request(draw)) for _ in range(draw.randint(2, 5))]
+    for (_, request), picture in zip(requests, batched(pipeline, requests), strict=True):
+        assert difference(picture, reference(stock, request)) <= TOLERANCE, request
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, LONG, "<|im_end|>\n<|im_start|>user"], ids=lambda text: text[:12])
+def test_prompts_in_any_script_equal_the_stock_call(pipeline: Pipeline, stock: Any, prompt: str) -> None:
+    request = ask(prompt)
+    assert difference(batched(pipeline, [(0, request)])[0], reference(stock, request)) <= TOLERANCE
+
+
+def test_a_checkpoint_that_shifts_by_size_equals_the_stock_call(
+    pipeline: Pipeline, stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifting = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.3, max_shift=1.4)
+    monkeypatch.setattr(pipeline._parts, "scheduler", shifting)
+    monkeypatch.setattr(stock, "scheduler", FlowMatchEulerDiscreteScheduler.from_config(shifting.config))
+    requests = [(0, ask(steps=4)), (1, ask(steps=3, width=128, height=96))]
+    for (_, request), picture in zip(requests, batched(pipeline, requests), strict=True):
+        assert difference(picture, reference(stock, request)) <= TOLERANCE
+
+
+def test_finish_rounds_the_float_picture(pipeline: Pipeline) -> None:
+    run = pipeline.start(ask(width=96))
+    pipeline.step([run])
+    pipeline.step([run])
+    floats = pipeline.decode(run).numpy()
+    assert (floats.min(), floats.max()) >= (0.0, 0.5)
+    assert floats.max() <= 1.0
+    np.testing.assert_array_equal(pipeline.finish(run), np.round(floats * 255).astype(np.uint8))
+
+
+def test_eight_steps_are_the_official_schedule(pipeline: Pipeline) -> None:
+    sigmas, times = pipeline._schedule(ask(steps=8))
+    expected = [1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3, 0]
+    np.testing.assert_allclose(sigmas.numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(times.numpy(), 1 - sigmas.numpy()[:-1], atol=1e-6)
+
+
+def test_a_run_without_guidance_takes_one_forward_of_one_item_a_step(pipeline: Pipeline, forwards: list[int]) -> None:
+    batched(pipeline, [(0, ask(steps=8, negative_prompt="blurry"))])
+    assert forwards == [1] * 8
+
+
+def test_a_guided_run_brings_two_items_to_the_same_forward(pipeline: Pipeline, forwards: list[int]) -> None:
+    batched(pipeline, [(0, ask(steps=3, guidance_scale=2.0))])
+    assert forwards == [2] * 3
+
+
+def test_a_batch_takes_one_forward_a_step(pipeline: Pipeline, forwards: list[int]) -> None:
+    batched(pipeline, [(0, ask(steps=4)), (1, ask(steps=1, width=128)), (1, ask(steps=2, guidance_scale=1.0))])
+    assert forwards == [1, 4, 3, 1]
+
+
+def test_no_negative_prompt_is_the_empty_one(pipeline: Pipeline) -> None:
+    pictures = batched(pipeline, [(0, ask(guidance_scale=3.0)), (0, ask(guidance_scale=3.0, negative_prompt=""))])
+    assert difference(*pictures) <= TOLERANCE
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:4], ids=["en", "zh", "ar", "emoji"])
+def test_a_prompt_that_fits_brings_no_warning(pipeline: Pipeline, prompt: str) -> None:
+    run = pipeline.start(ask(prompt))
+    assert run.warnings == []
+    assert all(1 < len(caption) <= PICO.max_tokens for caption in run.captions)  # type: ignore[attr-defined]
+
+
+def test_a_prompt_of_16000_characters_is_cut_with_a_warning(pipeline: Pipeline) -> None:
+    run = pipeline.start(ask(LONG, guidance_scale=2.0, negative_prompt=LONG))
+    chat = pipeline._parts.tokenizer.apply_chat_template(
+        [{"role": "user", "content": LONG}], add_generation_prompt=True
+    )
+    count = len(chat["input_ids"])
+    assert count > 10_000
+    assert [warning.split(" is ")[0] for warning in run.warnings] == ["The prompt", "The negative prompt"]
+    assert all(str(count) in warning and str(PICO.max_tokens) in warning for warning in run.warnings)
+    assert [len(caption) for caption in run.captions] == [PICO.max_tokens] * 2  # type: ignore[attr-defined]
+    pipeline.step([run])
+
+
+def test_nothing_records_gradients(pipeline: Pipeline) -> None:
+    run = pipeline.start(ask())
+    pipeline.step([run])
+    assert run.latents.is_inference()  # type: ignore[attr-defined]
+    assert pipeline.decode(run).is_inference()
+
+
+def test_when_a_forward_fails_no_run_has_moved(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [pipeline.start(ask()), pipeline.start(ask(seed=2))]
+    before = [run.latents for run in runs]  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._parts.transformer, "forward", lambda *_args, **_kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.step(runs)
+    assert [run.step for run in runs] == [0, 0]
+    assert all(run.latents is old for run, old in zip(runs, before, strict=True))  # type: ignore[attr-defined]
+    pipeline.step(runs)
+
+
+def test_a_run_that_is_done_or_discarded_is_refused_and_harms_no_other(pipeline: Pipeline) -> None:
+    gone, done, kept = (pipeline.start(ask(steps=1)) for _ in range(3))
+    pipeline.discard(gone)
+    pipeline.step([done])
+    for useless in (gone, done):
+        with pytest.raises(ValueError, match="cannot be stepped"):
+            pipeline.step([kept, useless])
+    assert kept.step == 0
+    with pytest.raises(TypeError, match="not started by this pipeline"):
+        pipeline.step([Run(request=ask())])
+
+
+def test_values_that_are_not_numbers_fail_the_picture(pipeline: Pipeline) -> None:
+    run = pipeline.start(ask(steps=1))
+    pipeline.step([run])
+    run.latents = torch.full_like(run.latents, float("nan"))  # type: ignore[attr-defined]
+    with pytest.raises(PipelineFailed, match="not numbers"):
+        pipeline.finish(run)
+
+
+def loader(cache_dir: Path, *, device: str = "cpu", **changes: Any) -> Pipeline:
+    return Pipeline(ModelSpec.model_validate(PICO.model_dump() | changes), device=device, cache_dir=cache_dir)
+
+
+def test_a_local_folder_is_loaded_without_the_network(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object) -> None:
+        raise AssertionError("a local folder must not touch the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for source, folder in (("builtin", cache), (str(pico.folder(cache)), tmp_path)):
+        fresh = loader(folder, source=source)
+        fresh.load()
+        assert fresh.start(ask()).step == 0
+
+
+def test_a_hub_id_is_asked_for_at_its_revision_and_in_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def refuse(source: str, **options: Any) -> None:
+        asked.update(options, source=source)
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(ZImagePipeline, "from_pretrained", refuse)
+    with pytest.raises(ModelLoadFailed, match=r"couldn't connect.*HF_TOKEN"):
+        loader(tmp_path, source="Some-Org/Some-Image", revision="abc123", device="cuda", dtype="bfloat16").load()
+    assert asked["source"] == "Some-Org/Some-Image"
+    assert asked["revision"] == "abc123"
+    assert asked["use_safetensors"] is True
+    assert asked["local_files_only"] is False
+    assert asked["dtype"] is torch.bfloat16
+
+
+@pytest.mark.parametrize("source", ["./missing", "/no/such/folder", "~/no-such-folder"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ModelLoadFailed, match="there is no folder"):
+        loader(tmp_path, source=source).load()
+
+
+def test_an_empty_folder_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match="folder or hub id of a Z-Image checkpoint"):
+        loader(tmp_path, source=str(tmp_path)).load()
+
+
+def test_pickled_weights_are_not_loaded(cache: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pico.folder(cache), tmp_path / "copy")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ModelLoadFailed, match="safetensors"):
+        loader(tmp_path, source=str(folder)).load()
+
+
+def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(ModelLoadFailed, match="can be written"):
+        loader(blocked).load()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "nn"])
+def test_a_dtype_that_is_none_is_refused(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(ModelLoadFailed, match="use bfloat16, float16 or float32"):
+        loader(tmp_path, source=str(tmp_path), device="cuda", dtype=dtype).load()
+
+
+def test_limits_past_the_position_tables_are_refused(cache: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match="max_side must be at most 2048"):
+        loader(cache, max_side=4096).load()
+    with pytest.raises(ModelLoadFailed, match="max_tokens must be at most 992"):
+        loader(cache, max_tokens=1024).load()
+
+
+def test_another_scheduler_is_refused(cache: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pico.folder(cache), tmp_path / "copy")
+    for scheduler in (DDIMScheduler(), FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)):
+        checkpoint = ZImagePipeline.from_pretrained(folder, local_files_only=True)
+        checkpoint.register_modules(scheduler=scheduler)
+        checkpoint.save_pretrained(folder)
+        with pytest.raises(ModelLoadFailed, match="FlowMatchEulerDiscreteScheduler"):
+            loader(tmp_path, source=str(folder)).load()
+
+
+def test_too_little_memory_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_args: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ZImagePipeline, "from_pretrained", fill)
+    with pytest.raises(ModelLoadFailed, match="choose a smaller model"):
+        loader(tmp_path, source="Some-Org/Some-Image").load()

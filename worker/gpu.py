@@ -1,0 +1,81 @@
+"""What the driver says of the GPUs of this machine, through NVML; on a machine without any, nothing and no error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pynvml
+
+from common.errors import ConfigurationError
+from common.schemas import GpuReading
+
+T = TypeVar("T")
+
+MIB = 1024 * 1024
+CPU = "cpu"
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[bool]:
+    """Yield whether a driver is there."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def count() -> int:
+    """Return the number of GPUs."""
+    with _nvml() as there:
+        return int(pynvml.nvmlDeviceGetCount()) if there else 0
+
+
+def choose(devices: str) -> list[str]:
+    """Return what `devices` (`all`, `cpu`, or indices as in `0,2`) means here: GPU indices, or `cpu`.
+
+    `all` falls back to the CPU where there is no GPU. Raises ConfigurationError for an index that is not there.
+    """
+    there = count()
+    if devices == "all":
+        return [str(index) for index in range(there)] or [CPU]
+    if devices == CPU:
+        return [CPU]
+    chosen = [part.strip() for part in devices.split(",")]
+    for part in chosen:
+        if not part.isdigit() or int(part) >= there:
+            raise ConfigurationError(f"devices: {part!r} is not a GPU of this machine, which has {there}; or say cpu")
+    return chosen
+
+
+def read(index: int) -> GpuReading | None:
+    """Return the state of one GPU, or None where there is no driver; a figure it does not give is null."""
+    with _nvml() as there:
+        if not there:
+            return None
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        memory = _maybe(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+        power = _maybe(lambda: float(pynvml.nvmlDeviceGetPowerUsage(handle)))
+        name = pynvml.nvmlDeviceGetName(handle)
+        return GpuReading(
+            name=name.decode() if isinstance(name, bytes) else name,
+            index=index,
+            memory_used_mb=memory.used // MIB if memory else None,
+            memory_total_mb=memory.total // MIB if memory else None,
+            utilisation_percent=_maybe(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
+            temperature_c=_maybe(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
+            power_w=power / 1000 if power is not None else None,
+        )
+
+
+def _maybe(ask: Callable[[], T]) -> T | None:
+    try:
+        return ask()
+    except pynvml.NVMLError:
+        return None

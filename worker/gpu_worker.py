@@ -1,0 +1,234 @@
+"""The worker of one GPU: an RQ worker whose loop is claim, engine, commit, in a process that keeps the model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import psutil
+from redis import Redis
+from rq import SimpleWorker
+from rq.serializers import JSONSerializer
+from rq.worker_registration import register
+
+from common import storage
+from common.broker import Broker, Claimed
+from common.connection import connect, patiently
+from common.errors import ConfigurationError, FleetError, RedisUnavailable
+from common.schemas import PRIORITIES, WorkerCard
+from common.settings import Settings
+from common.telemetry import configure, get_logger
+from worker import gpu
+from worker.commit import Committer
+from worker.engine import Engine, HeldTask
+from worker.pulse import Pulse
+from worker.residency import Residency
+
+log = get_logger()
+
+IDLE_WAIT_S = 0.5  # the engine looks up this often for a drain
+SUSPENDED_WAIT_S = 0.5
+REDIS_AWAY_WAIT_S = 0.25
+BACKLOG_WAIT_S = 0.05
+FEEDER_JOIN_S = 0.005
+START_PATIENCE_S = 30.0
+COMMIT_BACKLOG = 8  # tasks waiting for storage beyond this stop further claims
+MIB = 1024 * 1024
+
+
+class GpuWorker(SimpleWorker):
+    """Registers with RQ under its own name, so that RQ's tools show it; everything else is zfleet's."""
+
+    def __init__(self, name: str, device: str, settings: Settings) -> None:
+        """`device` is `cpu` or a GPU's index."""
+        self.settings = settings
+        self.catalogue = settings.catalogue()
+        self.device = device
+        queues = [f"{model}.{priority}.default" for model in self.catalogue for priority in PRIORITIES]
+        connection = connect(settings.redis_url, timeout_s=settings.redis_timeout_s, decode=False)
+        super().__init__(queues, name=name, connection=connection, serializer=JSONSerializer)
+        self.worker_ttl = int(settings.lease_s)
+        self.broker = Broker(settings)
+        self.residency = Residency(
+            self.catalogue, device="cpu" if device == gpu.CPU else "cuda", cache_dir=settings.cache_dir
+        )
+        self.engine = Engine(
+            pipeline=self.residency.pipeline,
+            batch_limits={name: settings.max_batch or spec.max_batch for name, spec in self.catalogue.items()},
+            retire=self._retire,
+            stepped=lambda: self.pulse.stepped(),
+        )
+        self.committer = Committer(name, self.broker, storage.open_storage(settings), committed=self._committed)
+        self.pulse = Pulse(
+            name,
+            Broker(settings),
+            beat_s=settings.beat_s,
+            card=self.card,
+            held=self.held,
+            register=self.register_birth,
+        )
+        self._held: dict[int, HeldTask] = {}
+        self._committing = 0
+        self._lock = threading.Lock()
+        self._draining = threading.Event()
+        self._loading = True
+        self._images_done = 0
+        self._started_at = datetime.now(UTC)
+        self._process = psutil.Process()
+
+    def _set_connection(self, connection: Redis) -> Redis:
+        """Keep our own short time-outs; RQ would wait minutes on a Redis that hangs."""
+        return connection
+
+    def run(self) -> int:
+        """Load, register, and work until drained; returns the process's exit code."""
+        self.register_birth()
+        self.pulse.start()
+        feeder = threading.Thread(target=self._feed, name="feeder", daemon=True)
+        try:
+            self.residency.prewarm()
+            self._loading = False
+            log.info("worker_ready", models=list(self.catalogue), capacity=self.engine.capacity)
+            feeder.start()
+            while not self._draining.is_set():
+                self.engine.turn(IDLE_WAIT_S)
+            self._drain(feeder)
+        finally:
+            self.pulse.stop()
+        self.register_death()
+        log.info("worker_stopped", images_done=self._images_done)
+        return 0
+
+    def drain(self) -> None:
+        """Claim nothing more, finish or give back what is held, then stop. Safe from a signal handler."""
+        self._draining.set()
+        self.engine.hurry()
+
+    def card(self) -> WorkerCard:
+        """Describe this worker as it is now."""
+        held = self.held()
+        state: Literal["loading", "idle", "busy", "draining"] = "busy" if held else "idle"
+        if self._draining.is_set():
+            state = "draining"
+        elif self._loading:
+            state = "loading"
+        return WorkerCard(
+            name=self.name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            state=state,
+            device=self.device if self.device == gpu.CPU else f"cuda:{self.device}",
+            gpu=None if self.device == gpu.CPU else gpu.read(int(self.device)),
+            models=list(self.catalogue),
+            models_loaded=list(self.residency.loaded),
+            capacity=self.engine.capacity,
+            running=[task.claimed.task_id for task in held],
+            images_done=self._images_done,
+            rss_mb=self._process.memory_info().rss // MIB,
+            started_at=self._started_at,
+            seen_at=datetime.now(UTC),
+        )
+
+    def held(self) -> Sequence[HeldTask]:
+        """Return every task whose lease is ours, from its claim until its commit is through."""
+        with self._lock:
+            return list(self._held.values())
+
+    # The feeder's thread
+
+    def _feed(self) -> None:
+        models = list(self.catalogue)
+        while not self._draining.is_set():
+            room = self.engine.await_room(IDLE_WAIT_S)
+            if not room:
+                continue
+            if self._committing > COMMIT_BACKLOG + self.engine.capacity:
+                self._draining.wait(BACKLOG_WAIT_S)
+                continue
+            try:
+                claim = self.broker.claim(self.name, self.device, models, room)
+                for claimed in claim.tasks:
+                    self._take(claimed)
+                if claim.suspended:
+                    self._draining.wait(SUSPENDED_WAIT_S)
+                elif not claim.tasks:
+                    self.broker.wait(models)
+            except RedisUnavailable:
+                self._draining.wait(REDIS_AWAY_WAIT_S)
+
+    def _take(self, claimed: Claimed) -> None:
+        deadline = time.monotonic() + claimed.deadline_in_s if claimed.deadline_in_s else None
+        task = HeldTask(claimed=claimed, deadline=deadline)
+        with self._lock:
+            self._held[id(task)] = task
+        self._learn(claimed.queue)
+        self.engine.offer(task)
+
+    def _learn(self, queue: str) -> None:
+        """Let RQ's tools show this worker at a queue it did not know, as when a new tenant appears."""
+        if queue not in self.queue_names():
+            self.queues.append(self.queue_class(queue, connection=self.connection, serializer=self.serializer))
+            register(self)
+
+    # The engine's and the committers' threads
+
+    def _retire(self, task: HeldTask) -> None:
+        with self._lock:
+            self._committing += 1
+        self.committer.commit(task)
+
+    def _committed(self, task: HeldTask) -> None:
+        with self._lock:
+            self._held.pop(id(task), None)
+            self._committing -= 1
+            if task.outcome == "succeeded":
+                self._images_done += task.claimed.request.n
+
+    def _drain(self, feeder: threading.Thread) -> None:
+        log.info("worker_draining", held=len(self._held))
+        while feeder.is_alive():  # it may still be waiting at the bell
+            self.engine.turn(0)
+            feeder.join(FEEDER_JOIN_S)
+        self.engine.release(begun=False)
+        until = time.monotonic() + self.settings.drain_s
+        while not self.engine.idle and time.monotonic() < until:
+            self.engine.turn(0)
+        self.engine.release(begun=True)
+        self.committer.close(abandon=False)
+
+
+def main(name: str, device: str, settings: Settings, parent_pipe: int | None) -> int:
+    """Run one worker until SIGTERM, or until the supervisor at the other end of `parent_pipe` is gone."""
+    configure(settings, "worker", worker=name, gpu=device)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    try:
+        worker = patiently(
+            lambda: GpuWorker(name, device, settings),
+            patience_s=START_PATIENCE_S,
+            timeout_s=settings.redis_timeout_s,
+        )
+    except FleetError as error:
+        log.error("worker_failed", code=error.code, message=error.message)
+        return 1
+    signal.signal(signal.SIGTERM, lambda *_: worker.drain())
+    if parent_pipe is not None:
+        threading.Thread(target=_watch_parent, args=(parent_pipe, worker), name="parent", daemon=True).start()
+    try:
+        return worker.run()
+    except FleetError as error:
+        log.error("worker_failed", code=error.code, message=error.message)
+        return 2 if isinstance(error, ConfigurationError) else 1
+
+
+def _watch_parent(pipe: int, worker: Any) -> None:
+    """Drain when the supervisor is gone: the read ends only when nobody holds the other end any more."""
+    while os.read(pipe, 1):
+        pass
+    log.warning("supervisor_gone")
+    worker.drain()

@@ -1,0 +1,64 @@
+"""A stand-in for a GPU in load and fault tests: it takes a set time per step and draws a gradient. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.pipelines.base import BasePipeline, ImageRequest, Run
+
+DEFAULT_IMAGE_MS = 320.0  # for all steps of a picture together
+DEFAULT_LOAD_MS = 0.0
+IN_TIME_S = 0.005  # a caller back this soon kept the device busy: a GPU has work queued up meanwhile
+CATCH_UP_S = 0.1  # a sleep that overshot by more was no slow timer but a stopped process, and that time is lost
+
+
+class Pipeline(BasePipeline):
+    """One step of a batch takes `image_ms / steps` of whichever run has the longest steps.
+
+    Steps follow an absolute schedule while the caller keeps up, so that late timers do not add up over a test.
+    """
+
+    _ends = 0.0  # time.monotonic() at which the last step was due to end
+    _woke = 0.0  # and at which it really did
+
+    def load(self) -> None:
+        """Wait `load_ms`."""
+        time.sleep(self._option("load_ms", DEFAULT_LOAD_MS) / 1000)
+
+    def warm(self) -> None:
+        """Return at once: there is no device to warm."""
+
+    def start(self, request: ImageRequest) -> Run:
+        """Return a run; it holds nothing."""
+        return Run(request=request)
+
+    def step(self, runs: Sequence[Run]) -> None:
+        """Wait as long as one step of this batch takes, then count it."""
+        if not runs:
+            return
+        image_s = self._option("image_ms", DEFAULT_IMAGE_MS) / 1000
+        now = time.monotonic()
+        begins = max(self._ends, now - CATCH_UP_S) if now - self._woke <= IN_TIME_S else now
+        self._ends = begins + max(image_s / run.request.steps for run in runs)
+        time.sleep(max(0.0, self._ends - now))
+        self._woke = time.monotonic()
+        for run in runs:
+            run.step += 1
+
+    def finish(self, run: Run) -> NDArray[np.uint8]:
+        """Return a gradient (height, width, 3) between four corner colours that the seed chooses."""
+        height, width = run.request.height, run.request.width
+        corners = np.random.default_rng(abs(run.request.seed)).uniform(0, 255, (2, 2, 3))
+        down = np.linspace(0, 1, height)[:, None, None]
+        across = np.linspace(0, 1, width)[None, :, None]
+        left = corners[0, 0] * (1 - down) + corners[1, 0] * down
+        right = corners[0, 1] * (1 - down) + corners[1, 1] * down
+        picture: NDArray[np.uint8] = (left * (1 - across) + right * across).astype(np.uint8)
+        return picture
+
+    def _option(self, name: str, default: float) -> float:
+        return float(self.spec.options.get(name, default))

@@ -1,0 +1,99 @@
+"""A worker's pulse: renews its leases, reports progress, and brings back which tasks were canceled or lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from common.broker import Broker, Hold
+from common.errors import RedisUnavailable
+from common.schemas import WorkerCard
+from common.telemetry import get_logger
+from worker.engine import HeldTask
+
+log = get_logger()
+
+PROGRESS_INTERVAL_S = 0.1  # between two reports; a cancel is seen about this fast
+BEATS_PER_RQ_TTL = 10  # RQ forgets a worker that has missed this many
+
+
+class Pulse:
+    """Runs in a thread of its own with a broker of its own, so that no slow call holds up a lease."""
+
+    def __init__(
+        self,
+        worker: str,
+        broker: Broker,
+        *,
+        beat_s: float,
+        card: Callable[[], WorkerCard],
+        held: Callable[[], Sequence[HeldTask]],
+        register: Callable[[], None],
+    ) -> None:
+        """`card` and `held` are asked at each beat; `register` is called when RQ no longer knows this worker."""
+        self._worker = worker
+        self._broker = broker
+        self._beat_s = beat_s
+        self._card = card
+        self._held = held
+        self._register = register
+        self._wake = threading.Event()
+        self._stopping = False
+        self._reported: dict[Hold, int] = {}
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+
+    def start(self) -> None:
+        """Beat once, so that the fleet knows the worker, then go on in the background."""
+        self._beat()
+        self._thread.start()
+
+    def stepped(self) -> None:
+        """Say that some run has advanced; cheap."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread; leases are no longer renewed."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        next_beat = time.monotonic() + self._beat_s
+        while not self._stopping:
+            self._wake.wait(max(0.0, next_beat - time.monotonic()))
+            self._wake.clear()
+            try:
+                self._report()
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + self._beat_s
+                    self._beat()
+            except RedisUnavailable:
+                log.warning("pulse_missed")
+            except Exception as error:  # the pulse must not stop while the worker lives
+                log.error("pulse_failed", error=type(error).__name__, exc_info=True)
+            if not self._stopping:
+                time.sleep(PROGRESS_INTERVAL_S)
+
+    def _report(self) -> None:
+        tasks = {task.hold: task for task in self._held() if task.outcome is None and task.began is not None}
+        self._reported = {hold: step for hold, step in self._reported.items() if hold in tasks}
+        news = {hold: task for hold, task in tasks.items() if self._reported.get(hold) != task.steps_done}
+        if not news:
+            return
+        steps = {hold: (task.steps_done, task.claimed.request.steps) for hold, task in news.items()}
+        verdicts = self._broker.progress(self._worker, steps)
+        for (hold, task), verdict in zip(news.items(), verdicts, strict=True):
+            self._reported[hold] = steps[hold][0]
+            if verdict != "ok":
+                task.verdict = verdict
+
+    def _beat(self) -> None:
+        tasks = list(self._held())
+        ttl_s = max(1, int(self._beat_s * BEATS_PER_RQ_TTL))
+        registered, verdicts = self._broker.beat(self._card(), [task.hold for task in tasks], ttl_s)
+        for task, verdict in zip(tasks, verdicts, strict=True):
+            if verdict != "ok":
+                task.verdict = verdict
+        if not registered:
+            self._register()

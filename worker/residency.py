@@ -1,0 +1,63 @@
+"""The models in this process's memory: loaded once, warmed, and never unloaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import registry
+from common.errors import FleetError, ModelLoadFailed
+from common.models import Catalogue
+from common.telemetry import get_logger
+from worker import pipelines
+from worker.pipelines.base import BasePipeline
+
+log = get_logger()
+
+
+class Residency:
+    """Hands out the pipeline of a model. Only the engine's thread calls `pipeline`."""
+
+    def __init__(self, catalogue: Catalogue, *, device: str, cache_dir: Path) -> None:
+        self._catalogue = catalogue
+        self._device = device
+        self._cache_dir = cache_dir
+        self._pipelines: dict[str, BasePipeline] = {}
+
+    @property
+    def loaded(self) -> Sequence[str]:
+        """The aliases of the models in memory."""
+        return tuple(self._pipelines)
+
+    @property
+    def memory_used_mb(self) -> int:
+        """Device memory that the models hold, in MiB."""
+        return sum(pipeline.memory_used_mb() for pipeline in list(self._pipelines.values()))
+
+    def prewarm(self) -> None:
+        """Load and warm every model of the catalogue; raises ModelLoadFailed."""
+        for model in self._catalogue:
+            self.pipeline(model)
+
+    def pipeline(self, model: str) -> BasePipeline:
+        """Return the model's pipeline, loaded and warm; raises ModelLoadFailed."""
+        if model not in self._pipelines:
+            self._pipelines[model] = self._load(model)
+        return self._pipelines[model]
+
+    def _load(self, model: str) -> BasePipeline:
+        spec = self._catalogue[model]
+        began = time.perf_counter()
+        module = registry.load(pipelines, spec.pipeline)
+        pipeline: BasePipeline = module.Pipeline(spec, device=self._device, cache_dir=self._cache_dir)
+        try:
+            pipeline.load()
+            pipeline.warm()
+        except FleetError:
+            raise
+        except Exception as error:
+            raise ModelLoadFailed(f"model {model} from {spec.source} cannot be loaded: {error}") from error
+        duration_ms = round((time.perf_counter() - began) * 1000, 1)
+        log.info("model_loaded", model=model, source=spec.source, device=self._device, duration_ms=duration_ms)
+        return pipeline
