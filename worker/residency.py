@@ -30,11 +30,6 @@ class Residency:
         """The aliases of the models in memory."""
         return tuple(self._pipelines)
 
-    @property
-    def memory_used_mb(self) -> int:
-        """Device memory that the models hold, in MiB."""
-        return sum(pipeline.memory_used_mb() for pipeline in list(self._pipelines.values()))
-
     def prewarm(self) -> None:
         """Load and warm every model of the catalogue; raises ModelLoadFailed."""
         for model in self._catalogue:

@@ -141,7 +141,7 @@ def make_transformer() -> Any:
         axes_lens=[1024, 128, 128],  # caption tokens, then rows and columns of 16 px: room for 2048 x 2048
     )
     _fill(model)
-    embed = torch.linalg.qr(_noise("embed", (DIM, PATCH)))[0]
+    embed = _orthonormal()
     with torch.no_grad():
         model.all_x_embedder["2-1"].weight.copy_(embed)
         model.all_final_layer["2-1"].linear.weight.sub_(DENOISE * embed.T)
@@ -206,6 +206,18 @@ def _draw(name: str, shape: torch.Size) -> Tensor:
         white = noise / math.sqrt(9 * shape[1])
         return smooth[:, :, None, None] * (BLUR * torch.outer(side, side)) + white * math.sqrt(1 - BLUR * BLUR)
     return noise / math.sqrt(shape[1:].numel())
+
+
+def _orthonormal() -> Tensor:
+    """Return a (DIM, PATCH) matrix of orthonormal columns: Hadamard matrices whose rows have random signs.
+
+    They are exact. A QR would come out differently with another number of threads, and so would every picture.
+    """
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < PATCH:
+        hadamard = torch.kron(hadamard, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    signs = _noise("embed", (DIM, 1)).sign()
+    return signs * hadamard.repeat(DIM // PATCH, 1) / math.sqrt(DIM)
 
 
 def _noise(name: str, shape: tuple[int, ...]) -> Tensor:
