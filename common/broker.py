@@ -64,7 +64,7 @@ class NewTask:
 
 
 class Submitted(NamedTuple):
-    """What became of a submit: its id, whether this call made it, how many stand before it, seconds until it is done."""
+    """What became of a submit: its id, whether this call made it, how many stand before it, seconds until done."""
 
     task_id: str
     created: bool

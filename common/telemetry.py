@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import structlog
+from pydantic_core import to_json
 
 from common.settings import Settings
 
@@ -39,7 +40,7 @@ def configure(settings: Settings, role: str, **bound: str) -> None:
     ]
     rendered: list[structlog.typing.Processor] = [
         structlog.processors.format_exc_info,
-        structlog.processors.JSONRenderer(ensure_ascii=False),
+        _as_json,
     ]
     renderer = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
@@ -91,6 +92,10 @@ class _Lines:
 
 def _full(handler: logging.handlers.RotatingFileHandler) -> bool:
     return handler.stream is not None and os.fstat(handler.stream.fileno()).st_size >= handler.maxBytes
+
+
+def _as_json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+    return to_json(event, fallback=repr).decode()  # pydantic's: a third of the time that json.dumps takes
 
 
 def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from common.settings import load_settings
 from common import telemetry
 telemetry.configure(load_settings({"log_dir": Path(sys.argv[1])}), "test", worker="w1")
-telemetry.get_logger().info("happened", task_id="t1", request_id="r1", model="pico", duration_ms=1.5, prompt="secret 红色")
+telemetry.get_logger().info("happened", task_id="t1", request_id="r1", model="pico", duration_ms=1.5, prompt="a secret")
 logging.getLogger("some.library").warning("told %s", "plainly")
 print("ready", flush=True)
 sys.stdin.read()

@@ -1,0 +1,66 @@
+"""Puts the gateway together: settings in, a WSGI application out."""
+
+from __future__ import annotations
+
+from flask_openapi3.models.info import Info
+from flask_openapi3.openapi import OpenAPI
+
+from common import registry
+from common.broker import Broker
+from common.errors import ConfigurationError
+from common.schemas import Problem
+from common.settings import Settings
+from common.storage import open_storage
+from gateway import dialects, docs, images, ops, problems
+from gateway.api import Api
+from gateway.dialects.base import Gateway
+from gateway.images import Images
+from gateway.requestlog import RequestLog
+from gateway.tasks import Tasks
+
+VERSION = "1.0"  # of the API, not of the program
+TASKS = "zfleet.tasks"  # where a server that stops finds what to close, in app.extensions
+
+
+def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
+    """Return the application. Nothing is connected or started before the first request.
+
+    Raises ConfigurationError for a model, storage or dialect that there is not, and for dialects that share a route.
+    """
+    app = OpenAPI(
+        __name__,
+        info=Info(title="zfleet", version=VERSION, description="Text to image on a fleet of GPUs."),
+        security_schemes={},  # left out, it would be drawn as null, which OpenAPI does not allow
+        validation_error_model=Problem,
+        validation_error_status=problems.DEFAULT,
+        doc_ui=False,
+        static_folder=None,
+    )
+    app.config["MAX_CONTENT_LENGTH"] = settings.body_limit_bytes
+    app.url_map.merge_slashes = False  # an odd path is unknown, not redirected
+    app.wsgi_app = RequestLog(app.wsgi_app)  # type: ignore[method-assign]  # Flask's own way of wrapping
+    problems.install(app)
+    catalogue = settings.catalogue()
+    broker = broker or Broker(settings)
+    gateway = Gateway(
+        tasks=Tasks(broker, catalogue), images=Images(open_storage(settings), settings), catalogue=catalogue
+    )
+    app.extensions[TASKS] = gateway.tasks
+    _register(app, ops.create(broker, catalogue))
+    _register(app, images.create(gateway.tasks, gateway.images))
+    for name in settings.dialects:
+        _register(app, registry.load(dialects, name).create(gateway))
+    docs.install(app)
+    return app
+
+
+def close(app: OpenAPI) -> None:
+    """Answer everybody who waits with what is known now. For a server that stops."""
+    tasks: Tasks = app.extensions[TASKS]
+    tasks.close()
+
+
+def _register(app: OpenAPI, api: Api) -> None:
+    if taken := sorted(app.paths.keys() & api.paths.keys()):
+        raise ConfigurationError(f"{api.import_name} and another part of the gateway both have {', '.join(taken)}")
+    app.register_api(api)

@@ -1,0 +1,245 @@
+"""zfleet's own API: submit, status, cancel, list, events. The one that the CLI and the Python client speak."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import chain
+from typing import Annotated
+
+from flask import Response, request
+from flask_openapi3.types import ResponseDict
+from pydantic import AfterValidator, BaseModel, Field
+
+from common.errors import (
+    AlreadyFinal,
+    IdempotencyConflict,
+    InvalidRequest,
+    MalformedBody,
+    QueueFull,
+    RedisUnavailable,
+    TaskExpired,
+    UnknownTask,
+    UnsupportedMediaType,
+)
+from common.schemas import (
+    GenerateRequest,
+    ImageView,
+    Progress,
+    StageTimings,
+    SubmitAnswer,
+    TaskPage,
+    TaskRecord,
+    TaskStatus,
+    TaskView,
+    Timings,
+)
+from gateway import admission, problems, requestlog
+from gateway.api import NO_STORE, Api, Header, Query, TaskPath, json_answer
+from gateway.dialects.base import Gateway
+from gateway.images import Images
+
+WAIT_MAX_S = 60
+PAGE_MAX = 200
+ENDED = "ended"  # the id of a stream's last event; whoever reconnects with it has missed nothing
+
+_PLACE = re.compile(r"([0-9]{1,16}):([A-Za-z0-9_-]{1,64})")
+_NO_STAGES = StageTimings()
+
+
+def _visible(key: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
+        raise ValueError("must be 1 to 255 visible ASCII characters")
+    return key
+
+
+class SubmitHeader(Header):
+    """Headers of a submit."""
+
+    idempotency_key: Annotated[str, AfterValidator(_visible)] | None = Field(
+        None, alias="Idempotency-Key", description="The same key and body within 24 hours are one task."
+    )
+
+
+class StatusQuery(Query):
+    """Parameters of a status."""
+
+    wait: float = Field(
+        0, ge=0, le=WAIT_MAX_S, allow_inf_nan=False, description="Seconds to hold the answer until the task is final."
+    )
+
+
+class ListQuery(Query):
+    """Parameters of a list of tasks."""
+
+    status: TaskStatus | None = Field(None, description="Only tasks in this state.")
+    limit: int = Field(50, ge=1, le=PAGE_MAX)
+    cursor: str | None = Field(None, description="`next_cursor` of the page before.")
+
+
+def create(gateway: Gateway) -> Api:
+    """Return the native routes."""
+    api = Api("tasks", __name__, about="Submit prompts, follow them, fetch what came of them.")
+    _add_submit(api, gateway)
+    _add_status(api, gateway)
+    _add_list(api, gateway)
+    _add_events(api, gateway)
+    return api
+
+
+def _add_submit(api: Api, gateway: Gateway) -> None:
+    refusals = (
+        InvalidRequest, MalformedBody, UnsupportedMediaType, IdempotencyConflict, QueueFull, RedisUnavailable
+    )  # fmt: skip
+
+    @api.post("/api/submit", responses={"202": SubmitAnswer, **problems.documented(*refusals)})
+    def submit(body: GenerateRequest, header: SubmitHeader) -> Response:
+        """Submit a prompt. Answers at once; the pictures come later, under `status_url`."""
+        accepted = gateway.tasks.submit(
+            body,
+            tenant=admission.tenant(),
+            request_id=requestlog.current_id(),
+            idempotency_key=header.idempotency_key or "",
+        )
+        task_id = accepted.task_id
+        requestlog.about(task_id)
+        answer = SubmitAnswer(
+            task_id=task_id,
+            status=accepted.status,
+            status_url=f"/api/status/{task_id}",
+            events_url=f"/api/tasks/{task_id}/events",
+            cancel_url=f"/api/cancel/{task_id}",
+            position=accepted.position,
+            eta_seconds=accepted.eta_seconds,
+        )
+        return json_answer(answer, 202, {"Location": answer.status_url, **NO_STORE})
+
+
+def _add_status(api: Api, gateway: Gateway) -> None:
+    absent = problems.documented(UnknownTask, TaskExpired, RedisUnavailable)
+
+    @api.get("/api/status/<task_id>", responses={"200": TaskView, **absent, **problems.documented(InvalidRequest)})
+    def status(path: TaskPath, query: StatusQuery) -> Response:
+        """Read a task. With `wait` the answer comes as soon as the task is final, or when the time is up."""
+        record = gateway.tasks.wait(path.task_id, query.wait, tenant=admission.tenant())
+        return json_answer(render(record), headers=NO_STORE)
+
+    @api.post("/api/cancel/<task_id>", responses={"200": TaskView, **absent, **problems.documented(AlreadyFinal)})
+    def cancel(path: TaskPath) -> Response:
+        """Cancel a task. A queued one is gone at once; a running one stops at its next step."""
+        record = gateway.tasks.cancel(path.task_id, tenant=admission.tenant())
+        return json_answer(render(record), headers=NO_STORE)
+
+
+def _add_list(api: Api, gateway: Gateway) -> None:
+    @api.get("/api/tasks", responses={"200": TaskPage, **problems.documented(InvalidRequest, RedisUnavailable)})
+    def tasks(query: ListQuery) -> Response:
+        """List your tasks, newest first."""
+        before = parse_cursor(query.cursor) if query.cursor is not None else None
+        found, then = gateway.tasks.page(
+            tenant=admission.tenant(), status=query.status, limit=query.limit, before=before
+        )
+        return json_answer(TaskPage(tasks=found, next_cursor=then and render_cursor(then)), headers=NO_STORE)
+
+
+def _add_events(api: Api, gateway: Gateway) -> None:
+    described: ResponseDict = {
+        "200": {
+            "description": "`status` (the task, first and at each change), `progress` ({step, steps}), and in the end "
+            "one of `succeeded`, `failed`, `canceled`, `expired` (the task).",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        "204": {"description": "The stream had ended: its Last-Event-ID came back."},
+        **problems.documented(UnknownTask, TaskExpired, RedisUnavailable),
+    }
+
+    @api.get("/api/tasks/<task_id>/events", responses=described)
+    def events(path: TaskPath) -> Response:
+        """Follow a task as server-sent events, until it is final."""
+        if request.headers.get("Last-Event-ID") == ENDED:
+            return Response(status=204)  # the one answer that keeps a browser's EventSource from reconnecting
+        stream = gateway.tasks.follow(path.task_id, tenant=admission.tenant())
+        first = next(stream)  # an error comes before the stream begins, as a problem
+        headers = {"X-Accel-Buffering": "no", **NO_STORE}
+        return Response(render_events(chain([first], stream)), headers=headers, mimetype="text/event-stream")
+
+
+def render(record: TaskRecord) -> TaskView:
+    """Return the task as its owner sees it."""
+    stages = record.stages or _NO_STAGES
+    timings = Timings(
+        queued_ms=_ms(record.created_at, record.started_at),
+        total_ms=_ms(record.created_at, record.finished_at),
+        load_ms=stages.load_ms,
+        encode_ms=stages.encode_ms,
+        denoise_ms=stages.denoise_ms,
+        decode_ms=stages.decode_ms,
+        store_ms=stages.store_ms,
+    )
+    images = [
+        ImageView(url=Images.url(record.task_id, index, image), **image.model_dump(exclude={"key"}))
+        for index, image in enumerate(record.images)
+    ]
+    return TaskView(
+        task_id=record.task_id,
+        status=record.status,
+        model=record.request.model,
+        progress=Progress(step=record.step, steps=record.request.steps),
+        position=record.position,
+        eta_seconds=record.eta_seconds,
+        attempts=record.attempts,
+        images=images,
+        error=record.error,
+        warnings=record.warnings,
+        timings=timings,
+        request=record.request,
+        created_at=record.created_at,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        expires_at=record.expires_at,
+    )
+
+
+def render_events(stream: Iterator[TaskRecord | Progress | None]) -> Iterator[str]:
+    """Return what `Tasks.follow` yields as server-sent events; a silence becomes a comment."""
+    first = True
+    for seen in stream:
+        if seen is None:
+            yield ": still here\n\n"
+        elif isinstance(seen, Progress):
+            yield _event("progress", seen)
+        else:
+            view = render(seen)
+            if first or not seen.status.final:
+                yield _event("status", view)
+            if seen.status.final:
+                yield _event(seen.status, view, f"id: {ENDED}\n")
+            first = False
+
+
+def render_cursor(place: tuple[int, str]) -> str:
+    """Return a place in the list of tasks as one opaque word."""
+    return base64.urlsafe_b64encode(f"{place[0]}:{place[1]}".encode()).decode().rstrip("=")
+
+
+def parse_cursor(cursor: str) -> tuple[int, str]:
+    """Return the place that `render_cursor` made into this word; raises InvalidRequest for any other."""
+    try:
+        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, ValueError):
+        text = ""
+    match = _PLACE.fullmatch(text)
+    if match is None:
+        raise InvalidRequest.field("cursor", "is not one of this list's; pass next_cursor back as it came")
+    return int(match[1]), match[2]
+
+
+def _event(name: str, data: BaseModel, extra: str = "") -> str:
+    return f"event: {name}\n{extra}data: {data.model_dump_json()}\n\n"
+
+
+def _ms(begin: datetime, end: datetime | None) -> float | None:
+    return None if end is None else (end - begin).total_seconds() * 1000

@@ -1,0 +1,51 @@
+"""/openapi.json, drawn from the schemas, and /docs, where it can be read and tried. Nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+from flask import Blueprint, Response
+from flask_openapi3.openapi import OpenAPI
+
+from gateway.api import JSON
+
+ASSETS = str(resources.files("flask_openapi3_swagger") / "templates" / "swagger")
+
+# no validator badge: Swagger UI would send the description to a server of its makers
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>zfleet API</title>
+<link rel="icon" href="docs/assets/images/swagger.svg">
+<link rel="stylesheet" href="docs/assets/css/swagger-ui.css">
+<div id="ui"></div>
+<script src="docs/assets/js/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
+</html>
+"""
+START = """window.ui = SwaggerUIBundle({url: "openapi.json", dom_id: "#ui", deepLinking: true, validatorUrl: null});
+"""
+POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
+
+
+def install(app: OpenAPI) -> None:
+    """Add the two addresses. The description is drawn once, when first asked for."""
+    pages = Blueprint("docs", __name__, static_folder=ASSETS, static_url_path="/docs/assets")
+    drawn: list[bytes] = []
+
+    @pages.get("/openapi.json")
+    def description() -> Response:
+        if not drawn:
+            drawn.append(json.dumps(app.api_doc, ensure_ascii=False, separators=(",", ":")).encode())
+        return Response(drawn[0], content_type=JSON)
+
+    @pages.get("/docs")
+    def page() -> Response:
+        return Response(PAGE, headers={"Content-Security-Policy": POLICY}, content_type="text/html; charset=utf-8")
+
+    @pages.get("/docs/start.js")
+    def start() -> Response:
+        return Response(START, content_type="text/javascript; charset=utf-8")
+
+    app.register_blueprint(pages)

@@ -1,0 +1,127 @@
+"""Reads what a client sent into a model, and says in plain words what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from common.errors import FieldError, InvalidRequest, MalformedBody
+
+M = TypeVar("M", bound=BaseModel)
+
+MAX_ERRORS = 32  # an answer names no more than this
+MAX_LOC_CHARS = 100  # an unknown field's name is the client's own text
+SECOND_LOOK_BYTES = 1_000_000  # larger bodies are not parsed again for the sake of a better message
+
+_TYPES = {
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+    "list_type": "must be an array",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "string_unicode": "must be valid Unicode; this has half of a surrogate pair",
+}
+_INTEGERS = frozenset({"int_type", "int_parsing", "int_from_float", "int_parsing_size"})
+_NUMBERS = frozenset({"float_type", "float_parsing", "finite_number"})
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_RANGES = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
+
+
+def read_json(model: type[M], raw: bytes) -> M:
+    """Return the JSON object `raw` as a model.
+
+    Raises MalformedBody when it is no JSON object, and InvalidRequest with an entry for each field that is wrong.
+    """
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            return _second_look(model, raw, str(first["ctx"]["error"]))
+        raise explain(error, model) from None
+
+
+def read(model: type[M], values: Mapping[str, Any]) -> M:
+    """Return `values` as a model; raises InvalidRequest with an entry for each one that is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, model) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    """Return the error to answer with; what the client sent is in it by name only, never by value."""
+    found = []
+    for one in error.errors(include_url=False, include_input=False)[:MAX_ERRORS]:
+        if not one["loc"] and one["type"] in ("model_type", "dict_type"):
+            return malformed('the body must be a JSON object, as in {"prompt": "a red circle"}')
+        found.append(FieldError(_place(one["loc"]), _message(model, one)))
+    return InvalidRequest("; ".join(f"{loc}: {msg}" for loc, msg in found), errors=found)
+
+
+def malformed(message: str) -> MalformedBody:
+    """Return the error for a body that is not a JSON object."""
+    return MalformedBody(message, errors=[FieldError("body", message)])
+
+
+def _second_look(model: type[M], raw: bytes, reason: str) -> M:
+    """Parse again with the standard library, which lets through what is one field's fault, such as a lone surrogate.
+
+    What it cannot parse either, or not without running out of stack or digits, is a malformed body for `reason`.
+    """
+    if not raw.strip():
+        raise malformed("the body is empty; send a JSON object")
+    try:
+        values = json.loads(raw) if len(raw) <= SECOND_LOOK_BYTES else None
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict):
+        return read(model, values)
+    raise malformed(f"the body is not valid JSON: {reason}")
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Return `metadata.key` for ("metadata", "key", "[key]"), fit for JSON and of a bounded length."""
+    dotted = ".".join(str(part) for part in loc if part != "[key]") or "body"
+    return dotted[:MAX_LOC_CHARS].encode("utf-8", "replace").decode()
+
+
+def _message(model: type[BaseModel], one: Mapping[str, Any]) -> str:
+    kind, ctx = one["type"], one.get("ctx", {})
+    if kind == "missing":
+        return "is required"
+    if kind == "extra_forbidden":
+        return f"unknown field; known are {', '.join(model.model_fields)}"
+    if kind in _INTEGERS or kind in _NUMBERS or kind in _RANGES:
+        return _number(model, one)
+    if kind in ("literal_error", "enum"):
+        return f"must be {ctx['expected']}"
+    if kind == "string_too_long":
+        return f"must have at most {ctx['max_length']} characters"
+    if kind == "string_too_short":
+        return "must not be empty" if ctx["min_length"] == 1 else f"must have at least {ctx['min_length']} characters"
+    if kind == "too_long":
+        return f"must have at most {ctx['max_length']} entries"
+    if kind == "value_error":
+        return str(ctx["error"])
+    return _TYPES.get(kind, "is not valid")
+
+
+def _number(model: type[BaseModel], one: Mapping[str, Any]) -> str:
+    """Return the sort of number and the range that the field's declaration asks for."""
+    sort = " an integer" if one["type"] in _INTEGERS else " a number" if one["type"] in _NUMBERS else ""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    field = fields.get(str(one["loc"][0])) if len(one["loc"]) == 1 else None
+    return f"must be{sort} {_range(field.metadata if field else ())}".rstrip()
+
+
+def _range(constraints: Iterable[Any]) -> str:
+    """Return `from 1 to 100`, `above 0 and at most 10` …, or nothing where there is no limit."""
+    bound = {name: getattr(part, name) for part in constraints for name in _BOUNDS if hasattr(part, name)}
+    if {"ge", "le"} <= bound.keys():
+        return f"from {bound['ge']} to {bound['le']}"
+    return " and ".join(f"{word} {bound[name]}" for name, word in _BOUNDS.items() if name in bound)

@@ -1,0 +1,36 @@
+"""gunicorn's configuration, from ZFLEET_ settings: gunicorn -c python:gateway.gunicorn_conf"""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+from common.settings import load_settings
+
+settings = load_settings()
+
+wsgi_app = "gateway.wsgi:app"
+worker_class = "gateway.gunicorn_worker.Worker"
+workers = settings.gateway_workers
+worker_connections = settings.gateway_connections
+bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+backlog = 2048
+
+timeout = 60  # seconds without a sign of life from a worker's event loop, not of a request
+graceful_timeout = 30  # seconds that requests under way have after SIGTERM; waiting ones are answered at once
+keepalive = 75  # seconds; longer than Nginx keeps an idle connection to us (60), so that it is never the one surprised
+
+limit_request_line = 8190  # bytes, as in Nginx
+limit_request_fields = 100
+limit_request_field_size = 8190
+
+forwarded_allow_ips = ""  # no answer depends on a scheme or an address, so nobody's word for them is needed
+
+accesslog = None  # Nginx has one, and requestlog.py writes a line a request
+loglevel = "info" if settings.log_level == "debug" else "warning"
+control_socket_disable = True
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the signs of life; a busy disk would delay them
+
+# Each connection is a file, and the usual soft limit is 1,024.
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))

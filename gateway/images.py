@@ -1,0 +1,103 @@
+"""Finished pictures over HTTP: by Nginx, by a link into the storage, or sent from here."""
+
+from __future__ import annotations
+
+import io
+import re
+from datetime import UTC, datetime
+from urllib.parse import quote
+
+from flask import Response, send_file
+from flask_openapi3.types import ResponseDict
+from pydantic import BaseModel, Field
+
+from common.errors import StorageError, TaskExpired, UnknownImage, UnknownTask
+from common.schemas import ImageRef, TaskRecord
+from common.settings import Settings
+from common.storage.base import BaseStorage
+from gateway import admission, problems
+from gateway.api import NO_STORE, Api
+from gateway.tasks import Tasks
+
+LINK_S = 300  # a link into the storage is good for so many seconds
+
+_NAME = re.compile(r"(0|[1-9][0-9]{0,3})\.([a-z]{3,4})")
+
+
+class ImagePath(BaseModel):
+    """One picture of a task."""
+
+    task_id: str
+    name: str = Field(description="The picture's number from 0, and its format.")
+
+
+class Images:
+    """The pictures of tasks, as answers, as URLs and as bytes."""
+
+    def __init__(self, storage: BaseStorage, settings: Settings) -> None:
+        self._storage = storage
+        self._x_accel = settings.x_accel
+
+    @staticmethod
+    def url(task_id: str, index: int, image: ImageRef) -> str:
+        """Return the path where `send` answers with this picture."""
+        return f"/view/{task_id}/{index}.{image.format}"
+
+    @staticmethod
+    def find(record: TaskRecord, name: str) -> ImageRef:
+        """Return the picture of this task that the last part of a URL names; raises UnknownImage."""
+        match = _NAME.fullmatch(name)
+        index = int(match[1]) if match else len(record.images)
+        if match is None or index >= len(record.images) or record.images[index].format != match[2]:
+            raise UnknownImage(f"the task is {record.status} and has no picture of that name")
+        return record.images[index]
+
+    def read(self, image: ImageRef) -> bytes:
+        """Return the picture's bytes; raises StorageError."""
+        return self._storage.read(image.key)
+
+    def send(self, record: TaskRecord, image: ImageRef) -> Response:
+        """Return the answer that brings the picture to the client; raises TaskExpired when it is no longer stored."""
+        if link := self._storage.link(image.key, LINK_S):
+            return Response(status=302, headers={"Location": link, **NO_STORE})
+        mimetype = f"image/{image.format}"
+        cached = {"Cache-Control": f"private, max-age={_seconds_left(record)}, immutable"}
+        if self._x_accel:
+            target = self._x_accel.rstrip("/") + "/" + quote(image.key)
+            return Response(status=200, headers={"X-Accel-Redirect": target, **cached}, mimetype=mimetype)
+        answer = self._from_here(image, mimetype)
+        answer.headers.update(cached)
+        return answer
+
+    def _from_here(self, image: ImageRef, mimetype: str) -> Response:
+        path = self._storage.path(image.key)
+        if path is not None and not path.is_file():
+            raise TaskExpired("the picture is not in storage any more")
+        source = io.BytesIO(self._storage.read(image.key)) if path is None else path
+        return send_file(source, mimetype=mimetype, etag=image.sha256, conditional=True)
+
+
+def create(tasks: Tasks, images: Images) -> Api:
+    """Return the route of the pictures, which every dialect's answers point to."""
+    api = Api("images", __name__, about="Finished pictures.")
+    described: ResponseDict = {
+        "200": {"description": "The picture.", "content": {"image/*": {}}},
+        "302": {"description": "A link into the storage, good for five minutes."},
+        "304": {"description": "The picture that the client has already."},
+        **problems.documented(UnknownTask, UnknownImage, TaskExpired, StorageError),
+    }
+
+    @api.get("/view/<task_id>/<name>", responses=described)
+    def view(path: ImagePath) -> Response:
+        """Fetch a picture. Its URL stands in the task's status; it never changes."""
+        record = tasks.find(path.task_id, tenant=admission.tenant())
+        return images.send(record, images.find(record, path.name))
+
+    return api
+
+
+def _seconds_left(record: TaskRecord) -> int:
+    """Return for how long the picture can still be fetched."""
+    if record.expires_at is None:
+        return 0
+    return max(0, int((record.expires_at - datetime.now(UTC)).total_seconds()))

@@ -1,0 +1,136 @@
+"""What the fleet is doing and whether it is well: queues, workers, models, health."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from flask import Response
+
+from common.broker import Broker
+from common.errors import NoWorker, RedisUnavailable
+from common.models import SIZE_MULTIPLE, Catalogue
+from common.schemas import Health, ModelView, QueueDepth, Wire, WorkerCard
+from gateway import problems
+from gateway.api import NO_STORE, Api, json_answer
+
+
+class Queues(Wire):
+    """GET /api/queue."""
+
+    queues: Sequence[QueueDepth]
+
+
+class Workers(Wire):
+    """GET /api/workers."""
+
+    workers: Sequence[WorkerCard]
+
+
+class Models(Wire):
+    """GET /api/models."""
+
+    models: Sequence[ModelView]
+
+
+class Templates(Wire):
+    """GET /api/templates: none can be installed yet."""
+
+    templates: Sequence[str] = ()
+
+
+class Ready(Wire):
+    """GET /ready, when it is."""
+
+    status: str = "ready"
+
+
+def create(broker: Broker, catalogue: Catalogue) -> Api:
+    """Return the routes for operators and their tools."""
+    api = Api("fleet", __name__, about="What the fleet is doing, and whether it is well.")
+    _add_lists(api, broker, catalogue)
+    _add_health(api, broker)
+    return api
+
+
+def _add_lists(api: Api, broker: Broker, catalogue: Catalogue) -> None:
+    away = problems.documented(RedisUnavailable)
+
+    @api.get("/api/queue", responses={"200": Queues, **away})
+    def queue() -> Response:
+        """List the queues, each with its depth, its running tasks and the age of its oldest."""
+        return json_answer(Queues(queues=broker.queues()), headers=NO_STORE)
+
+    @api.get("/api/workers", responses={"200": Workers, **away})
+    def workers() -> Response:
+        """List the live workers as they last described themselves."""
+        return json_answer(Workers(workers=broker.workers()), headers=NO_STORE)
+
+    @api.get("/api/models", responses={"200": Models, **away})
+    def models() -> Response:
+        """List the models, each with its defaults, its limits and how many workers serve it now."""
+        return json_answer(Models(models=model_views(catalogue, broker.workers())), headers=NO_STORE)
+
+    @api.get("/api/templates", responses={"200": Templates})
+    def templates() -> Response:
+        """List the prompt templates."""
+        return json_answer(Templates(), headers=NO_STORE)
+
+
+def _add_health(api: Api, broker: Broker) -> None:
+    began = time.monotonic()
+    unhealthy = problems.status_of(RedisUnavailable)
+
+    @api.get("/health", responses={"200": Health, str(unhealthy): Health})
+    def health() -> Response:
+        """Tell how the fleet is: 200 while it takes tasks, if `degraded` with none to run them; 503 when it cannot."""
+        found = look(broker, time.monotonic() - began)
+        return json_answer(found, unhealthy if found.status == "unhealthy" else 200, NO_STORE)
+
+    @api.get("/ready", responses={"200": Ready, **problems.documented(RedisUnavailable, NoWorker)})
+    def ready() -> Response:
+        """Tell whether a task submitted now would be accepted and run: Redis takes writes and a worker is alive."""
+        broker.probe()
+        if not broker.workers():
+            raise NoWorker("no worker is alive; start one with: zfleet worker")
+        return json_answer(Ready(), headers=NO_STORE)
+
+
+def look(broker: Broker, uptime_s: float) -> Health:
+    """Return the fleet's health as Redis and the workers' cards tell it."""
+    try:
+        cards, pending = broker.workers(), broker.pending()
+    except RedisUnavailable as error:
+        return Health(
+            status="unhealthy", reasons=[error.message], uptime_seconds=round(uptime_s, 3), gpu_memory_used_mb=0,
+            pending_tasks=0, models_loaded=[], workers=0,
+        )  # fmt: skip
+    return Health(
+        status="healthy" if cards else "degraded",
+        reasons=[] if cards else ["no worker is alive"],
+        uptime_seconds=round(uptime_s, 3),
+        gpu_memory_used_mb=_gpu_memory_used_mb(cards),
+        pending_tasks=pending,
+        models_loaded=sorted({name for card in cards for name in card.models_loaded}),
+        workers=len(cards),
+    )
+
+
+def model_views(catalogue: Catalogue, cards: Sequence[WorkerCard]) -> list[ModelView]:
+    """Return the catalogue as clients see it."""
+    shown = ModelView.model_fields.keys() - {"default", "size_multiple", "workers"}
+    return [
+        ModelView(
+            **spec.model_dump(include=shown),
+            default=spec is catalogue.default,
+            size_multiple=SIZE_MULTIPLE,
+            workers=sum(spec.name in card.models for card in cards),
+        )
+        for spec in catalogue.values()
+    ]
+
+
+def _gpu_memory_used_mb(cards: Sequence[WorkerCard]) -> int:
+    """Return the memory in use on all GPUs; one that several workers share counts once."""
+    used = {(card.host, card.gpu.index): card.gpu.memory_used_mb or 0 for card in cards if card.gpu is not None}
+    return sum(used.values())

@@ -1,0 +1,156 @@
+"""Every error as HTTP: the only file that knows which status an error has. Bodies are RFC 9457 problem documents."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from flask import Blueprint, Flask, Response, current_app
+from flask_openapi3.types import ResponseDict
+from werkzeug.exceptions import HTTPException
+
+from common import telemetry
+from common.errors import (
+    AlreadyFinal,
+    FleetError,
+    IdempotencyConflict,
+    InvalidRequest,
+    MalformedBody,
+    NoWorker,
+    QueueFull,
+    RedisUnavailable,
+    StorageError,
+    TaskExpired,
+    UnknownImage,
+    UnknownModel,
+    UnknownTask,
+    UnsupportedMediaType,
+)
+from common.schemas import Problem, ProblemField
+from gateway import requestlog
+
+MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:zfleet:problem:"  # + code: names a kind of problem for ever, and promises no page
+
+DEFAULT = "default"  # OpenAPI's word for every status that is not listed
+
+log = telemetry.get_logger()
+
+
+class Kind(NamedTuple):
+    """What HTTP makes of an error code; `retry_after_s` is sent where coming back later may help."""
+
+    status: int
+    title: str
+    retry_after_s: int | None = None
+
+
+INTERNAL = Kind(500, "Internal error")
+KINDS: Mapping[str, Kind] = {
+    InvalidRequest.code: Kind(422, "Invalid request"),
+    UnknownModel.code: Kind(422, "Unknown model"),
+    MalformedBody.code: Kind(400, "Malformed body"),
+    UnsupportedMediaType.code: Kind(415, "Unsupported media type"),
+    UnknownTask.code: Kind(404, "Unknown task"),
+    UnknownImage.code: Kind(404, "Unknown image"),
+    TaskExpired.code: Kind(410, "Task expired"),
+    AlreadyFinal.code: Kind(409, "Task is already final"),
+    IdempotencyConflict.code: Kind(409, "Idempotency-Key reused"),
+    QueueFull.code: Kind(429, "Queue full", 5),
+    RedisUnavailable.code: Kind(503, "Redis unavailable", 2),
+    StorageError.code: Kind(503, "Storage unavailable", 5),
+    NoWorker.code: Kind(503, "No live worker", 5),
+}
+HTTP_CODES: Mapping[int, tuple[str, str]] = {  # what werkzeug raises: code and, where its own is no help, a message
+    400: ("bad_request", ""),
+    404: ("not_found", "there is nothing at this address; the API is described at /docs"),
+    405: ("method_not_allowed", "this method is not allowed here; see the Allow header"),
+    413: ("body_too_large", "the body is larger than {limit} bytes"),
+}
+UNREADABLE: Mapping[str, tuple[Kind, str]] = {  # what gunicorn raises before there is a request, by its class
+    "LimitRequestLine": (Kind(414, "URI Too Long"), "uri_too_long"),
+    "LimitRequestHeaders": (Kind(431, "Request Header Fields Too Large"), "headers_too_large"),
+}
+
+
+class Answer(NamedTuple):
+    """A problem and the headers that go with it."""
+
+    problem: Problem
+    headers: Mapping[str, str]
+
+
+Render = Callable[[Answer], Response]
+
+
+def describe(error: Exception) -> Answer:
+    """Return what a client may know of an error; one that nobody foresaw is logged, and told as no more than that."""
+    if isinstance(error, FleetError) and error.code in KINDS:
+        return _foreseen(error, KINDS[error.code])
+    if isinstance(error, HTTPException) and error.code is not None:
+        return _from_http(error, error.code)
+    # no message: pydantic's and others' repeat what a client sent
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.error("request_failed", request_id=requestlog.current_id(), error=type(error).__name__, traceback=where)
+    detail = f"something went wrong here, and was logged; quote request id {requestlog.current_id()}"
+    return Answer(_problem(INTERNAL, "internal", detail), {})
+
+
+def render(answer: Answer) -> Response:
+    """Return the answer as application/problem+json."""
+    body = answer.problem.model_dump_json()
+    headers = {"Cache-Control": "no-store", **answer.headers}
+    return Response(body, answer.problem.status, headers, content_type=MEDIA_TYPE)
+
+
+def install(target: Flask | Blueprint, render: Render = render) -> None:
+    """Answer every exception of an app with `render`; a dialect may do so for its own blueprint in its own form."""
+
+    @target.errorhandler(Exception)
+    def answer(error: Exception) -> Response | HTTPException:
+        if isinstance(error, HTTPException) and error.response is not None:
+            return error
+        return render(describe(error))
+
+
+def unreadable(error: Exception) -> bytes:
+    """Return the whole answer, as it goes over the wire, to what is no well-formed HTTP request."""
+    kind, code = UNREADABLE.get(type(error).__name__, (Kind(400, "Bad Request"), "bad_request"))
+    body = _problem(kind, code, "the request is not well-formed HTTP, or its line or headers are too large")
+    head = f"HTTP/1.1 {kind.status} {kind.title}\r\nConnection: close\r\nContent-Type: {MEDIA_TYPE}\r\n"
+    data = body.model_dump_json().encode()
+    return f"{head}X-Content-Type-Options: nosniff\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def documented(*errors: type[FleetError]) -> ResponseDict:
+    """Return what the API description says of these errors, for a call's `responses`; without any, of all others."""
+    by_status: dict[str, list[str]] = {} if errors else {DEFAULT: ["any other problem"]}
+    for error in errors:
+        by_status.setdefault(str(KINDS[error.code].status), []).append(error.code)
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": ", ".join(codes), "content": content} for status, codes in by_status.items()}
+
+
+def status_of(error: type[FleetError]) -> int:
+    """Return the HTTP status of an error, for a call that answers with a body of its own."""
+    return KINDS[error.code].status
+
+
+def _foreseen(error: FleetError, kind: Kind) -> Answer:
+    fields = [ProblemField(loc=loc, msg=msg) for loc, msg in error.errors]
+    headers = {} if kind.retry_after_s is None else {"Retry-After": str(kind.retry_after_s)}
+    return Answer(_problem(kind, error.code, error.message, fields), headers)
+
+
+def _from_http(error: HTTPException, status: int) -> Answer:
+    code, message = HTTP_CODES.get(status, (error.name.lower().replace(" ", "_"), ""))
+    detail = message.format(limit=current_app.config["MAX_CONTENT_LENGTH"]) or error.description or error.name
+    headers = {name: value for name, value in error.get_headers() if name in ("Allow", "Retry-After", "Content-Range")}
+    return Answer(_problem(Kind(status, error.name), code, detail), headers)
+
+
+def _problem(kind: Kind, code: str, detail: str, fields: list[ProblemField] | None = None) -> Problem:
+    return Problem(
+        type=TYPE_PREFIX + code, title=kind.title, status=kind.status, detail=detail, code=code, errors=fields or []
+    )

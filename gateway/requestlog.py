@@ -1,0 +1,87 @@
+"""What every request gets, whatever becomes of it: an id, a line in the log, and the headers of every answer.
+
+It wraps the application from outside, which is less work for each request than Flask's hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from flask import Request, request
+
+from common import telemetry
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from structlog.typing import FilteringBoundLogger
+
+REQUEST_ID = "zfleet.request_id"  # in the WSGI environment
+TASK_ID = "zfleet.task_id"
+NOSNIFF = ("X-Content-Type-Options", "nosniff")
+
+_GIVEN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestLog:
+    """Gives each request an id (the caller's own, if it is well formed), and logs it when it has been answered."""
+
+    def __init__(self, app: WSGIApplication) -> None:
+        self._app = app
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        began = time.perf_counter()
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        own = given if _GIVEN.fullmatch(given) else secrets.token_hex(8)
+        environ[REQUEST_ID] = own
+        line: dict[str, object] = {"status": None}
+
+        def start(code: str, headers: list[tuple[str, str]], exc_info: Any = None, /) -> Any:
+            line.update(_what(environ), status=int(code[:3]))
+            headers += [("X-Request-ID", own), NOSNIFF]
+            return start_response(code, headers, exc_info)
+
+        try:
+            return self._app(environ, start)
+        finally:
+            _log().info(
+                "request",
+                request_id=own,
+                method=environ["REQUEST_METHOD"],
+                duration_ms=round((time.perf_counter() - began) * 1000, 2),
+                **line,
+            )
+
+
+def current_id() -> str:
+    """Return the id of the request that is being served."""
+    own: str = request.environ[REQUEST_ID]
+    return own
+
+
+def about(task_id: str) -> None:
+    """Note which task this request made, for its line in the log."""
+    request.environ[TASK_ID] = task_id
+
+
+@functools.cache
+def _log() -> FilteringBoundLogger:
+    """Return the logger, bound for good: not at import, before logging is configured, nor again for each line."""
+    bound: FilteringBoundLogger = telemetry.get_logger().bind()
+    return bound
+
+
+def _what(environ: WSGIEnvironment) -> dict[str, str | None]:
+    """Return what was asked for, by the route's rule (a path could hold anything), and of which task.
+
+    Flask takes its request out of `environ` as soon as the answer has begun.
+    """
+    asked: Request | None = environ.get("werkzeug.request")
+    rule = asked.url_rule if asked is not None else None
+    task_id = environ.get(TASK_ID) or (asked.view_args or {}).get("task_id") if asked is not None else None
+    line = {"route": rule.rule if rule is not None else None}
+    return {**line, "task_id": task_id[:64]} if task_id else line

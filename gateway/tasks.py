@@ -1,0 +1,140 @@
+"""The native task, as every dialect sees it: submit, find, wait, cancel, list, follow. Speaks of no HTTP."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from common.broker import Broker, NewTask
+from common.errors import AlreadyFinal, RedisUnavailable, TaskExpired, UnknownTask
+from common.models import Catalogue
+from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus, TaskSummary
+from gateway import submission
+from gateway.waiting import Hub
+
+READS_AT_ONCE = 32  # when thousands wake together, so that they do not use up the connections to Redis
+READ_TURN_S = 30.0  # the longest that one of them stands in line for that
+SILENCE_S = 15.0  # a follower hears something at least this often
+
+_TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """A task that stands in line, or one that the same Idempotency-Key made earlier."""
+
+    task_id: str
+    status: TaskStatus
+    position: int | None
+    eta_seconds: float | None
+
+
+class Tasks:
+    """One process's tasks. Every method raises RedisUnavailable when Redis stays away."""
+
+    def __init__(self, broker: Broker, catalogue: Catalogue) -> None:
+        self._broker = broker
+        self._catalogue = catalogue
+        self._hub = Hub(broker.events)
+        self._turns = threading.BoundedSemaphore(READS_AT_ONCE)
+
+    def submit(
+        self, request: GenerateRequest, *, tenant: str, request_id: str = "", idempotency_key: str = ""
+    ) -> Accepted:
+        """Accept a request; raises InvalidRequest, UnknownModel, QueueFull, IdempotencyConflict."""
+        resolved = submission.resolve(request, self._catalogue)
+        task = NewTask(
+            task_id=submission.new_task_id(),
+            tenant=tenant,
+            request=resolved,
+            request_id=request_id,
+            idempotency_key=idempotency_key,
+            body_hash=submission.body_hash(request) if idempotency_key else "",
+        )
+        done = self._broker.submit(task)
+        if done.created:
+            return Accepted(
+                task_id=done.task_id, status=TaskStatus.QUEUED, position=done.position, eta_seconds=done.eta_seconds
+            )
+        record = self.find(done.task_id, tenant=tenant)
+        return Accepted(
+            task_id=record.task_id, status=record.status, position=record.position, eta_seconds=record.eta_seconds
+        )
+
+    def find(self, task_id: str, *, tenant: str) -> TaskRecord:
+        """Return a task; raises UnknownTask, and TaskExpired when its result is past its retention."""
+        record = self._broker.view(task_id) if _TASK_ID.fullmatch(task_id) else None
+        if record is None or record.tenant != tenant:
+            raise UnknownTask("no task has this id")
+        if record.expires_at is not None and record.expires_at <= datetime.now(UTC):
+            raise TaskExpired(f"the task's result was kept until {record.expires_at:%Y-%m-%dT%H:%M:%SZ}")
+        return record
+
+    def wait(self, task_id: str, seconds: float, *, tenant: str) -> TaskRecord:
+        """Return the task as soon as it is final, and after so many seconds as it then is."""
+        if seconds <= 0:
+            return self.find(task_id, tenant=tenant)
+        until = time.monotonic() + seconds
+        with self._hub.listen(task_id) as listener:
+            record = self.find(task_id, tenant=tenant)
+            while not record.status.final and not self._hub.closed and (left := until - time.monotonic()) > 0:
+                if listener.wait(min(left, self._hub.safety_net_s())) == "look" and not self._hub.closed:
+                    listener.wait(min(max(0.0, until - time.monotonic()), self._hub.catch_up_s()))
+                with self._turn():
+                    record = self.find(task_id, tenant=tenant)
+        return record
+
+    def follow(self, task_id: str, *, tenant: str) -> Iterator[TaskRecord | Progress | None]:
+        """Yield the task now and at each change, its steps in between, and None in times of silence.
+
+        Ends with the final task, or when this process stops. Raises UnknownTask and TaskExpired only at the start.
+        """
+        with self._hub.listen(task_id, every_step=True) as listener:
+            record = self.find(task_id, tenant=tenant)
+            yield record
+            while not record.status.final and not self._hub.closed:
+                heard = listener.wait(SILENCE_S)
+                if heard == "progress":
+                    yield Progress(step=listener.step, steps=listener.steps)
+                    continue
+                if heard == "look":
+                    listener.wait(self._hub.catch_up_s())
+                try:
+                    with self._turn():
+                        seen = self.find(task_id, tenant=tenant)
+                except RedisUnavailable:
+                    seen = record  # the stream outlives it: the next silence looks again
+                yield seen if (seen.status, seen.attempts) != (record.status, record.attempts) else None
+                record = seen
+
+    def cancel(self, task_id: str, *, tenant: str) -> TaskRecord:
+        """Cancel a task and return it as it then is; raises UnknownTask, TaskExpired, AlreadyFinal."""
+        outcome = self._broker.cancel(task_id, tenant) if _TASK_ID.fullmatch(task_id) else "unknown"
+        record = self.find(task_id, tenant=tenant)
+        if outcome == "final":
+            raise AlreadyFinal(f"the task is {record.status} already, and stays so")
+        return record
+
+    def page(
+        self, *, tenant: str, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
+    ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
+        """Return a tenant's tasks, newest first, and where the next page begins (None at the end)."""
+        return self._broker.tasks(tenant, status=status, limit=limit, before=before)
+
+    def close(self) -> None:
+        """Let everybody who waits be answered now. For a process that stops."""
+        self._hub.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._turns.acquire(timeout=READ_TURN_S):
+            raise RedisUnavailable("too many waiters want to be answered at once; ask again")
+        try:
+            yield
+        finally:
+            self._turns.release()

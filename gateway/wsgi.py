@@ -1,0 +1,12 @@
+"""The application that gunicorn serves, made from the environment. gevent has patched the process by now."""
+
+from __future__ import annotations
+
+from common import telemetry
+from common.settings import load_settings
+from gateway.app import create_app
+
+_settings = load_settings()
+telemetry.configure(_settings, "gateway")
+
+app = create_app(_settings)

@@ -1,0 +1,28 @@
+"""Fixtures that chain on: broker -> app -> client, and a worker beside them."""
+
+from __future__ import annotations
+
+import pytest
+from flask.testing import FlaskClient
+from flask_openapi3.openapi import OpenAPI
+
+from common.broker import Broker
+from common.settings import Settings
+from common.storage import open_storage
+from gateway.app import create_app
+from tests.unit.gateway.fake_worker import FakeWorker
+
+
+@pytest.fixture
+def app(settings: Settings, broker: Broker) -> OpenAPI:
+    return create_app(settings, broker)
+
+
+@pytest.fixture
+def client(app: OpenAPI) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def worker(broker: Broker, settings: Settings) -> FakeWorker:
+    return FakeWorker(broker, open_storage(settings))

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from common.broker import Event
+from gateway import waiting
+from gateway.waiting import Hub
+from tests.servers import eventually
+
+
+class Channel:
+    """Stands in for Broker.events: yields what is put."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Event | Exception | None] = queue.Queue()
+        self.subscriptions = 0
+
+    def events(self, stop: Callable[[], bool]) -> Iterator[Event | None]:
+        self.subscriptions += 1
+        yield None
+        while not stop():
+            try:
+                event = self.queue.get(timeout=0.02)
+            except queue.Empty:
+                continue
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    def put(self, task_id: str, name: str, step: int = 0, steps: int = 0) -> None:
+        self.queue.put(Event(task_id, name, step, steps))
+
+
+@pytest.fixture
+def channel() -> Channel:
+    return Channel()
+
+
+@pytest.fixture
+def hub(channel: Channel) -> Iterator[Hub]:
+    hub = Hub(channel.events)
+    yield hub
+    hub.close()
+
+
+def test_nothing_is_subscribed_before_somebody_listens(hub: Hub, channel: Channel) -> None:
+    time.sleep(0.05)
+    assert channel.subscriptions == 0
+    with hub.listen("a"):
+        eventually(lambda: channel.subscriptions == 1)
+    with hub.listen("b"), hub.listen("b"):
+        pass
+    assert channel.subscriptions == 1
+
+
+def test_a_subscription_that_stands_makes_everybody_look(hub: Hub) -> None:
+    with hub.listen("a") as listener:
+        assert listener.wait(5) == "look"
+        assert listener.wait(0.01) == "timeout"
+
+
+def test_only_the_end_of_its_own_task_wakes_a_waiter(hub: Hub, channel: Channel) -> None:
+    with hub.listen("a") as listener:
+        assert listener.wait(5) == "look"
+        for task_id, name in (("b", "succeeded"), ("a", "running"), ("a", "progress"), ("a", "queued")):
+            channel.put(task_id, name)
+        assert listener.wait(0.1) == "timeout"
+        channel.put("a", "failed")
+        assert listener.wait(5) == "final"
+
+
+@pytest.mark.parametrize("name", ["succeeded", "failed", "canceled", "expired"])
+def test_every_final_state_is_an_end(hub: Hub, channel: Channel, name: str) -> None:
+    with hub.listen("a") as listener:
+        assert listener.wait(5) == "look"
+        channel.put("a", name)
+        assert listener.wait(5) == "final"
+
+
+def test_a_follower_hears_every_step_and_change(hub: Hub, channel: Channel) -> None:
+    with hub.listen("a", every_step=True) as listener:
+        assert listener.wait(5) == "look"
+        channel.put("a", "running", 0, 8)
+        assert listener.wait(5) == "changed"
+        channel.put("a", "progress", 3, 8)
+        assert listener.wait(5) == "progress"
+        assert (listener.step, listener.steps) == (3, 8)
+
+
+def test_a_slow_follower_hears_the_last_step_and_never_misses_a_change(hub: Hub, channel: Channel) -> None:
+    with hub.listen("a", every_step=True) as listener:
+        assert listener.wait(5) == "look"
+        channel.put("a", "running")
+        for step in range(1, 6):
+            channel.put("a", "progress", step, 8)
+        eventually(lambda: listener.step == 5)
+        assert listener.wait(5) == "changed"
+        channel.put("a", "succeeded")
+        channel.put("a", "progress", 8, 8)
+        eventually(lambda: listener.step == 8)
+        assert listener.wait(5) == "final"
+
+
+def test_all_listeners_of_a_task_are_woken(hub: Hub, channel: Channel) -> None:
+    with hub.listen("a") as one:
+        assert one.wait(5) == "look"
+        with hub.listen("a") as two:
+            channel.put("a", "succeeded")
+            assert {one.wait(5), two.wait(5)} == {"final"}
+
+
+def test_whoever_has_gone_is_forgotten(hub: Hub) -> None:
+    with hub.listen("a"), hub.listen("a"):
+        pass
+    with pytest.raises(KeyError), hub.listen("b"):
+        raise KeyError
+    assert (hub._listeners, hub._count) == ({}, 0)
+
+
+def test_one_thread_serves_all(hub: Hub, channel: Channel) -> None:
+    listening = [hub.listen(str(number)) for number in range(500)]
+    listeners = [one.__enter__() for one in listening]
+    assert sum(thread is hub._thread for thread in threading.enumerate()) == channel.subscriptions == 1
+    for number in range(500):
+        channel.put(str(number), "succeeded")
+    assert {listener.wait(5) for listener in listeners} <= {"look", "final"}
+    for one in listening:
+        one.__exit__(None, None, None)
+
+
+def test_a_failing_subscription_is_begun_again(hub: Hub, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "RESTART_S", 0.01)
+    with hub.listen("a") as listener:
+        assert listener.wait(5) == "look"
+        channel.queue.put(ValueError("not an event"))
+        assert listener.wait(5) == "look"
+        assert channel.subscriptions == 2
+
+
+def test_closing_lets_everybody_answer_and_ends_the_thread(hub: Hub) -> None:
+    with hub.listen("a") as listener:
+        assert listener.wait(5) == "look"
+        hub.close()
+        assert listener.wait(5) == "look"
+        thread = hub._thread
+        assert thread is not None
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_many_listeners_read_less_often_and_spread_out(hub: Hub) -> None:
+    assert 9 <= hub.safety_net_s() <= 11
+    assert hub.catch_up_s() == 0
+    hub._count = 10_000
+    assert 45 <= hub.safety_net_s() <= 55
+    assert max(hub.catch_up_s() for _ in range(200)) > 8
+    hub._count = 0
