@@ -1,0 +1,59 @@
+"""`zfleet gateway` and `worker`: one part of the fleet, in the foreground."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from common.settings import Settings
+
+
+@click.command()
+@click.option("--host", help="Listen here; else ZFLEET_HOST.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen here; else ZFLEET_PORT.")
+def gateway(host: str | None, port: int | None) -> None:
+    """Run the gateway (gunicorn), in the foreground."""
+    settings = _settings({"host": host, "port": port}, extra="gateway", module="gunicorn")
+    from zfleet.machine import gateway_command
+
+    _become([*gateway_command(), "gateway.wsgi:app"], settings)
+
+
+@click.command()
+@click.option("--devices", help="GPUs by index, as 0,1; or all; or cpu. Else ZFLEET_DEVICES.")
+@click.option("--models", help="Aliases, as turbo,base; else ZFLEET_MODELS.")
+def worker(devices: str | None, models: str | None) -> None:
+    """Run this machine's workers, in the foreground.
+
+    One process per GPU. SIGTERM drains them: what runs is finished, or given back.
+    """
+    settings = _settings({"devices": devices, "models": models}, extra="worker", module="numpy")
+    from zfleet.machine import worker_command
+
+    _become(worker_command(), settings)
+
+
+def _settings(flags: Mapping[str, Any], *, extra: str, module: str) -> Settings:
+    from common.errors import ConfigurationError
+    from common.settings import load_settings
+
+    settings = load_settings(flags)
+    settings.catalogue()  # a wrong model name is told here, in one line
+    if importlib.util.find_spec(module) is None:
+        raise ConfigurationError(f"{module} is not installed: pip install 'zfleet[{extra}]'")
+    return settings
+
+
+def _become(command: list[str], settings: Settings) -> None:
+    """Go on as this program, under the same process id: signals and exit codes are then its own."""
+    from common.settings import child_environment
+    from zfleet.machine import HOME
+
+    environment = child_environment(settings)
+    os.chdir(HOME)  # `python -m` looks into the working directory first
+    os.execve(command[0], command, environment)
