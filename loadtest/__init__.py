@@ -1,0 +1,1 @@
+"""Load tests: locust users that speak public HTTP only, to this machine only."""

@@ -1,0 +1,54 @@
+"""The bench in its short form: it measures every row. How good the figures are is for a quiet machine to say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 240
+
+MEASURES = (
+    "Redis commands a task, as clients send them",
+    "gateway CPU a task",
+    "… worker bookkeeping",
+    "share of ideal throughput",
+    "idle pick-up, submit to first step, p50",
+    "status wait answered after finish, p50",
+    "submits through gunicorn, as a ratio to a bare Flask view",
+)
+
+
+@pytest.mark.timeout(TIMEOUT_S + 30)
+def test_the_short_form_measures_every_row(tmp_path: Path) -> None:
+    out = tmp_path / "spine.json"
+    command = [sys.executable, str(ROOT / "bench" / "spine.py"), "--quick", "--out", str(out)]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+
+    found: dict[str, Any] = json.loads(out.read_text("utf-8"))
+    rows = {row["measure"]: row for row in found["rows"] if row["goal"] is not None}
+    assert set(rows) == set(MEASURES)
+    for row in found["rows"]:
+        assert row["value"] > 0, row
+        assert row["measure"] in done.stdout
+    assert found["cores"] and found["packages"]["rq"] and found["date"]
+
+    # no matter how noisy the machine: these are counted, not timed
+    assert rows["Redis commands a task, as clients send them"]["value"] <= 14
+    stock = next(row for row in found["rows"] if row["measure"] == "… stock RQ, as clients send them")
+    assert stock["value"] > rows["Redis commands a task, as clients send them"]["value"]
+
+
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "spine.py"), "--quik"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "--quik" in done.stderr
