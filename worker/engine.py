@@ -37,16 +37,27 @@ class HeldTask:
     error: TaskError | None = None
     pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by picture, (height, width, 3)
     warnings: list[str] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)  # of the pictures begun; what they held on the device may be gone
     began: float | None = None  # time.perf_counter when its first picture was started
     encode_s: float = 0.0
-    denoise_s: float = 0.0
     decode_s: float = 0.0
     busy_s: float = 0.0  # from `began` to its outcome
-    steps_done: int = 0  # of its slowest picture
 
     @property
     def hold(self) -> Hold:
         return Hold(self.claimed.task_id, self.claimed.fence)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that its slowest picture has done."""
+        if len(self.runs) < self.claimed.request.n:
+            return 0
+        return min(run.step for run in self.runs)
+
+    @property
+    def denoise_s(self) -> float:
+        """Seconds it was busy with neither encoding nor decoding."""
+        return max(0.0, self.busy_s - self.encode_s - self.decode_s)
 
 
 @dataclass(eq=False)
@@ -83,6 +94,7 @@ class Engine:
         self._hurry = False
         self._waiting: deque[tuple[HeldTask, int]] = deque()  # pictures not begun
         self._active: list[Picture] = []
+        self._held: list[HeldTask] = []  # taken in and without an outcome
         self._last_model = ""
 
     @property
@@ -94,7 +106,7 @@ class Engine:
     def idle(self) -> bool:
         """Whether nothing is held."""
         with self._changed:
-            return not (self._inbox or self._waiting or self._active)
+            return not (self._inbox or self._held)
 
     def offer(self, task: HeldTask) -> None:
         """Hand over a claimed task."""
@@ -140,21 +152,20 @@ class Engine:
     def release(self, *, begun: bool) -> None:
         """End as `released` every task with no picture begun or, if `begun`, every task held."""
         self._admit(0)
-        for task in self._tasks():
+        for task in tuple(self._held):
             if begun or task.began is None:
                 self._end(task, "released")
 
-    def _tasks(self) -> list[HeldTask]:
-        held = [picture.task for picture in self._active] + [task for task, _ in self._waiting]
-        return list(dict.fromkeys(held))
-
     def _admit(self, wait_s: float) -> None:
+        if self._held and not self._inbox and not self._waiting:
+            return  # the usual case between two steps
         with self._changed:
-            if not (self._active or self._waiting):
+            if not self._held:
                 self._changed.wait_for(lambda: bool(self._inbox) or self._hurry, wait_s)
             arrived = list(self._inbox)
             self._inbox.clear()
         for task in arrived:
+            self._held.append(task)
             self._waiting.extend((task, index) for index in range(task.claimed.request.n))
         while self._waiting and len(self._active) < self._capacity:
             task, index = self._waiting.popleft()
@@ -181,12 +192,13 @@ class Engine:
             self._fail(task, error)
             return
         task.encode_s += time.perf_counter() - began
+        task.runs.append(run)
         task.warnings.extend(w for w in run.warnings if w not in task.warnings)
         self._active.append(Picture(task, index, run))
 
     def _drop_stopped(self) -> None:
         now = time.monotonic()
-        for task in self._tasks():
+        for task in tuple(self._held):
             if task.verdict == "lost":
                 self._end(task, "lost")
             elif task.verdict == "cancel":
@@ -197,6 +209,9 @@ class Engine:
 
     def _next_batch(self) -> list[Picture]:
         """The runs of one model, up to its limit; models with active runs take turns."""
+        if len(self._limits) == 1:
+            (self._last_model,) = self._limits
+            return self._active[: self._capacity]
         models = sorted({picture.task.claimed.request.model for picture in self._active})
         if not models:
             return []
@@ -214,7 +229,6 @@ class Engine:
                 self._changed.notify_all()
 
     def _step(self, batch: Sequence[Picture]) -> None:
-        began = time.perf_counter()
         pipeline = self._pipeline(self._last_model)
         try:
             pipeline.step([picture.run for picture in batch])
@@ -228,17 +242,6 @@ class Engine:
             for picture in batch:
                 if picture.task.outcome is None:
                     self._step([picture])
-            return
-        elapsed = time.perf_counter() - began
-        for task in {id(picture.task): picture.task for picture in batch}.values():
-            task.denoise_s += elapsed
-            if task.outcome is None:
-                task.steps_done = self._slowest(task)
-
-    def _slowest(self, task: HeldTask) -> int:
-        if any(waiting is task for waiting, _ in self._waiting):
-            return 0
-        return min((p.run.step for p in self._active if p.task is task), default=task.claimed.request.steps)
 
     def _finish(self, picture: Picture) -> None:
         task = picture.task
@@ -269,6 +272,7 @@ class Engine:
             return
         task.outcome = outcome
         task.busy_s = time.perf_counter() - task.began if task.began else 0.0
+        self._held.remove(task)
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not task)
         for picture in [p for p in self._active if p.task is task]:
             self._active.remove(picture)

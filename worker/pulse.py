@@ -50,7 +50,8 @@ class Pulse:
 
     def stepped(self) -> None:
         """Say that some run has advanced; cheap."""
-        self._wake.set()
+        if not self._wake.is_set():  # it is, most of the time, and setting it again costs a step
+            self._wake.set()
 
     def stop(self) -> None:
         """End the thread; leases are no longer renewed."""

@@ -14,6 +14,7 @@ from common.settings import Settings
 from tests.conftest import SubmitFn
 from tests.servers import eventually
 from worker.engine import HeldTask
+from worker.pipelines.base import ImageRequest, Run
 from worker.pulse import Pulse
 
 
@@ -58,7 +59,9 @@ def test_a_worker_that_rq_forgot_registers_again(held: Held) -> None:
 def test_progress_is_told_when_it_changes(held: Held, submit: SubmitFn) -> None:
     task_id = submit()
     task = held.take()
-    task.steps_done = 3
+    task.runs.append(
+        Run(request=ImageRequest(prompt="", width=64, height=64, steps=4, guidance_scale=0, seed=1), step=3)
+    )
     held.pulse.stepped()
     eventually(lambda: held.broker.view(task_id).step == 3, within_s=2)  # type: ignore[union-attr]
 
