@@ -91,25 +91,29 @@ class Fleet:
             yield Gateway(port, psutil.Process(child.pid).children()[0].pid)
 
     @contextlib.contextmanager
-    def worker(
-        self, *, image_ms: float | None = None, clock: Path | None = None, plain_sleep: bool = False
-    ) -> Iterator[int]:
+    def worker(self, *, clock: Path | None = None, plain_sleep: bool = False, stub: bool = False) -> Iterator[int]:
         """Run the supervisor and its one worker; yields the worker's process id once it waits for work.
 
-        `image_ms`: what a picture costs this one, if not what the fleet's settings say. With a `clock`, run a worker
-        without supervisor that writes to that file when each picture's first step begins; `plain_sleep` makes its steps
-        sleep their full time instead of keeping a schedule (see clocked_worker.py).
+        With a `clock`, run a worker without supervisor that writes to that file when each picture's first step begins;
+        `plain_sleep` makes its steps sleep their full time instead of keeping a schedule (see clocked_worker.py).
+        `stub`: one that makes no pictures (see stub_worker.py).
         """
         command = [sys.executable, "-m", "worker"]
         if clock:
             mode = "plain" if plain_sleep else "scheduled"
             command = [sys.executable, "-m", "bench.clocked_worker", str(clock), mode]
-        cost = str(image_ms or self.settings.simulated_image_ms)
-        with self._running("worker", command, rank=WORKER_RANK, ZFLEET_SIMULATED_IMAGE_MS=cost) as child:
-            _await("worker", lambda: [card for card in self.broker.workers() if card.state != "loading"], child)
-            pid = self.broker.workers()[0].pid
+        if stub:
+            command = [sys.executable, "-m", "bench.stub_worker"]
+        with self._running("worker", command, rank=WORKER_RANK) as child:
+            up = _await("worker", lambda: [c for c in self.broker.workers() if c.state != "loading"], child)
+            pid = up[0].pid
             time.sleep(0.3)  # it is ready a moment before it asks for work
-            yield pid
+            try:
+                yield pid
+            finally:
+                child.stop()
+                for card in self.broker.workers():  # not all of them have a supervisor to do so
+                    self.broker.reap(card.name)
 
     @contextlib.contextmanager
     def process(self, name: str, command: Sequence[str]) -> Iterator[Child]:

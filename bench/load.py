@@ -1,11 +1,13 @@
-"""The load generator: one process, raw sockets, a request ready-made and the answer's bytes barely looked at.
+"""The load generator: one process, raw sockets, ready-made requests and the answers' bytes barely looked at.
 
-python -m bench.load PORT PATH SECONDS CONNECTIONS < BODY
+`python -m bench.load PORT SECONDS CONNECTIONS submits|tasks < BODY` prints what came of it as JSON. It imports nothing
+of ours, so that it is there at once.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import selectors
 import socket
 import subprocess
@@ -13,36 +15,40 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from bench.fleet import HOST, ROOT
-
-EXPECTED = b"HTTP/1.1 202"
+ROOT = Path(__file__).resolve().parents[1]
+HOST = "127.0.0.1"
+WAIT_S = 30
 CHUNK = 65536
+LATE_S = 20.0
+
+What = Literal["submits", "tasks"]
 
 
 class Load(NamedTuple):
-    """How many answers came in what time, what the generator itself cost, and how many were no 202."""
+    """What a generator did: submits, or tasks from submit to end."""
 
-    answers: int
+    done: int  # with those under way when the time was up
+    in_time: int
     seconds: float
-    cpu_s: float
-    unexpected: int
+    cpu_s: float  # of the generator itself
+    unexpected: int  # answers other than hoped for
 
     @property
     def per_s(self) -> float:
-        return self.answers / self.seconds
+        return self.in_time / self.seconds
 
 
-def payload(body: Mapping[str, object]) -> bytes:
-    """Return a request's body as it is sent."""
-    return json.dumps(body).encode()
+def send(port: int, what: What, body: Mapping[str, object], *, seconds: float, connections: int) -> Load:
+    """Keep so many connections busy: with submits, or with a submit and then one status call that waits for its end.
 
-
-def post(port: int, path: str, body: bytes, *, seconds: float, connections: int) -> Load:
-    """Run the generator as a process of its own, which shares no interpreter with whoever asks."""
-    command = [sys.executable, "-m", "bench.load", str(port), path, str(seconds), str(connections)]
-    done = subprocess.run(command, input=body, stdout=subprocess.PIPE, check=True, timeout=seconds + 30, cwd=ROOT)
+    In a process of its own, which shares no interpreter with whoever asks.
+    """
+    command = [sys.executable, "-m", "bench.load", str(port), str(seconds), str(connections), what]
+    given = json.dumps(body).encode()
+    done = subprocess.run(command, input=given, stdout=subprocess.PIPE, check=True, timeout=seconds + 60, cwd=ROOT)
     return Load(*json.loads(done.stdout))
 
 
@@ -50,35 +56,47 @@ def post(port: int, path: str, body: bytes, *, seconds: float, connections: int)
 class _Connection:
     sock: socket.socket
     got: bytes = b""
+    waits: bool = False  # for a task, by a status call
 
 
-def _run(port: int, path: str, body: bytes, seconds: float, connections: int) -> Load:
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    request = head.encode() + body
+def _run(port: int, seconds: float, connections: int, what: What, body: bytes) -> Load:
+    lines = ("POST /api/submit HTTP/1.1", f"Host: {HOST}", "Content-Type: application/json")
+    submit = "\r\n".join((*lines, f"Content-Length: {len(body)}", "", "")).encode() + body
     selector = selectors.DefaultSelector()
     for _ in range(connections):
         sock = socket.create_connection((HOST, port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         selector.register(sock, selectors.EVENT_READ, _Connection(sock))
-        sock.sendall(request)
-    answers = unexpected = 0
+        sock.sendall(submit)
+    done = in_time = unexpected = 0
+    busy = connections
     began, cpu = time.perf_counter(), time.process_time()
     until = began + seconds
-    while (now := time.perf_counter()) < until:
-        for key, _ in selector.select(until - now):
+    while busy:
+        for key, _ in selector.select(LATE_S):
             connection: _Connection = key.data
             received = connection.sock.recv(CHUNK)
             if not received:
                 raise ConnectionError("the server closed a connection")
             connection.got += received
-            if _complete(connection.got):
-                answers += 1
-                unexpected += not connection.got.startswith(EXPECTED)
-                connection.got = b""
-                connection.sock.sendall(request)
-    return Load(answers, time.perf_counter() - began, time.process_time() - cpu, unexpected)
+            if not _complete(connection.got):
+                continue
+            good = _good(connection)
+            unexpected += not good
+            if what == "tasks" and not connection.waits and good:
+                connection.waits, request = True, _status(connection.got)
+            else:
+                done += 1
+                connection.waits, request = False, submit
+                if time.perf_counter() >= until:
+                    busy -= 1
+                    continue
+                in_time += 1
+            connection.got = b""
+            connection.sock.sendall(request)
+        if time.perf_counter() > until + LATE_S:
+            raise TimeoutError(f"{busy} connections still wait for an answer")
+    return Load(done, in_time, seconds, time.process_time() - cpu, unexpected)
 
 
 def _complete(got: bytes) -> bool:
@@ -89,6 +107,19 @@ def _complete(got: bytes) -> bool:
     return len(rest) >= int(length)
 
 
+def _good(connection: _Connection) -> bool:
+    if connection.waits:
+        return connection.got.startswith(b"HTTP/1.1 200") and b'"status":"succeeded"' in connection.got
+    return connection.got.startswith(b"HTTP/1.1 202")
+
+
+def _status(answer: bytes) -> bytes:
+    found = re.search(rb'"status_url": ?"([^"]+)"', answer)
+    assert found, answer
+    return b"GET %s?wait=%d HTTP/1.1\r\nHost: %s\r\n\r\n" % (found[1], WAIT_S, HOST.encode())
+
+
 if __name__ == "__main__":
-    port, path, seconds, connections = sys.argv[1:]
-    print(json.dumps(_run(int(port), path, sys.stdin.buffer.read(), float(seconds), int(connections))))
+    port, seconds, connections, what = sys.argv[1:]
+    chosen: What = "tasks" if what == "tasks" else "submits"
+    print(json.dumps(_run(int(port), float(seconds), int(connections), chosen, sys.stdin.buffer.read())))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import NamedTuple
 
-from bench import cpu, stock_rq
-from bench.caller import Caller, in_turn
-from bench.fleet import Fleet
+from bench import cpu, load, stock_rq
+from bench.caller import Caller, Unexpected, body, in_turn
+from bench.fleet import Fleet, Gateway
 
 DONE_S = 120.0
 POLL_S = 0.1
@@ -85,13 +85,26 @@ def _seconds(timestamp: str) -> float:
 
 
 class Costs(NamedTuple):
-    """A gateway's processor milliseconds per task beyond idling, at so many tasks a second."""
+    """A server's processor milliseconds per task, at so many tasks a second."""
 
     cpu_ms: float
     per_s: float
 
 
-def closed_loop(port: int, gateway_pid: int, tasks: int, callers: int, idle: cpu.Spent) -> Costs:
-    """Have callers submit and wait by one status call each; return what that costs the gateway."""
-    spent = cpu.spent(gateway_pid, lambda: in_turn(port, tasks, callers))
+def at_leisure(gateway: Gateway, tasks: int, callers: int, idle: cpu.Spent) -> Costs:
+    """Have a few callers submit and wait by one status call each; return what that costs the gateway."""
+    spent = cpu.spent(gateway.pid, lambda: in_turn(gateway.port, tasks, callers))
     return Costs(spent.per_task_ms(tasks, idle), tasks / spent.wall_s)
+
+
+def busy(server: Gateway, what: load.What, seconds: float, connections: int) -> Costs:
+    """Have the generator do so, or only submit, on many connections at once; return what that costs the server."""
+    runs: list[load.Load] = []
+    spent = cpu.spent(
+        server.pid,
+        lambda: runs.append(load.send(server.port, what, body(), seconds=seconds, connections=connections)),
+    )
+    run = runs[0]
+    if run.unexpected:
+        raise Unexpected(f"{run.unexpected} of {run.done} {what} went wrong")
+    return Costs(spent.cpu_s / run.done * 1000, run.per_s)

@@ -12,22 +12,32 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import resources
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import redis
+from pydantic import ValidationError
 
 from common import keys
 from common.connection import command, connect, patiently, transient
 from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
+from common.records import (
+    Claim,
+    Event,
+    Hold,
+    NewTask,
+    Reaped,
+    Submitted,
+    Verdict,
+    claimed,
+    queue_depth,
+    task_record,
+    task_summary,
+    worker_card,
+)
 from common.schemas import (
-    PRIORITIES,
-    Attempt,
     ImageRef,
     QueueDepth,
-    ResolvedRequest,
     StageTimings,
     TaskError,
     TaskRecord,
@@ -38,83 +48,12 @@ from common.schemas import (
 from common.settings import Settings
 
 T = TypeVar("T")
-Verdict = Literal["ok", "cancel", "lost"]
 FOREVER = math.inf
 CAPACITY_TTL_S = 2.0  # how long the number of workers a model has is taken as known
 REAP_BATCH = 100
 BELL_WAIT_S = 1.0  # an idle worker looks up this often; the bell has a longer socket time-out of its own
+BELL_POOL_SIZE = 2  # connections that block: the wait for the bell, or one subscription to ends and one to everything
 RECONCILE_GRACE_S = 5.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NewTask:
-    """A task on its way in. `cost` is megapixels x steps x pictures, what fair sharing counts."""
-
-    task_id: str
-    tenant: str
-    request: ResolvedRequest
-    request_id: str = ""
-    idempotency_key: str = ""
-    body_hash: str = ""
-
-    @property
-    def cost(self) -> float:
-        request = self.request
-        return request.width * request.height / 1e6 * request.steps * request.n
-
-
-class Submitted(NamedTuple):
-    """What became of a submit: its id, whether this call made it, how many stand before it, seconds until done."""
-
-    task_id: str
-    created: bool
-    position: int
-    eta_seconds: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claimed:
-    """A task that this worker holds, under the fence of this attempt."""
-
-    task_id: str
-    fence: int
-    queue: str
-    request: ResolvedRequest
-    request_id: str
-    queued_ms: int
-    deadline_in_s: float | None
-
-
-class Claim(NamedTuple):
-    """The answer to a claim; `suspended` while an operator has paused the fleet with `rq suspend`."""
-
-    tasks: Sequence[Claimed]
-    suspended: bool
-
-
-class Hold(NamedTuple):
-    """A worker's claim to one task: id and fence."""
-
-    task_id: str
-    fence: int
-
-
-class Reaped(NamedTuple):
-    """A run taken back from a dead or silent worker, and what was done with it."""
-
-    task_id: str
-    outcome: Literal["requeued", "quarantined", "canceled"]
-    worker: str
-    request_id: str
-
-
-class Event(NamedTuple):
-    """Something happened to a task: a state's name, or `progress`."""
-
-    task_id: str
-    name: str
-    step: int
-    steps: int
 
 
 class Broker:
@@ -127,7 +66,7 @@ class Broker:
         self._timeout_s = settings.redis_timeout_s
         # Any: redis-py types every reply as possibly bytes or awaitable, which these clients never give
         self._redis: Any = connect(settings.redis_url, timeout_s=self._timeout_s)
-        self._bell: Any = connect(settings.redis_url, timeout_s=BELL_WAIT_S + self._timeout_s, pool_size=1)
+        self._bell: Any = connect(settings.redis_url, timeout_s=BELL_WAIT_S + self._timeout_s, pool_size=BELL_POOL_SIZE)
         self._retention_ms = int(settings.retention_days * 86_400_000)
         self._capacity: dict[str, int] = {}
         self._capacity_until = 0.0
@@ -164,12 +103,12 @@ class Broker:
             return None
         fields, position, pace = reply
         record = dict(zip(fields[::2], fields[1::2], strict=True))
-        return _record(record, None if position < 0 else position, self._eta(record, position, pace))
+        return task_record(record, None if position < 0 else position, self._eta(record, position, pace))
 
     def cancel(self, task_id: str, tenant: str) -> Literal["canceled", "flagged", "final", "unknown"]:
         """Cancel a task: a queued one is gone at once, a running one is flagged and stops at its next step."""
         outcome: Literal["canceled", "flagged", "final", "unknown"] = self._run(
-            "cancel", task_id, tenant, self._retention_ms
+            "cancel", task_id, tenant, self._retention_ms, secrets.token_hex(8)
         )
         return outcome
 
@@ -188,7 +127,7 @@ class Broker:
                 before = (score, task_id)
                 if fields[0] is None or (status and fields[0] != status):
                     continue
-                found.append(_summary(task_id, fields))
+                found.append(task_summary(task_id, fields))
                 if len(found) == limit:
                     return found, before
             if len(rows) < chunk:
@@ -230,7 +169,7 @@ class Broker:
             ages = pipeline.execute() if names else []
             now = self._now_ms()
             rows = zip(names, replies[0::3], replies[1::3], ages, strict=True)
-            return [depth for row in rows if (depth := _depth(*row, now))]
+            return [depth for row in rows if (depth := queue_depth(*row, now))]
 
         return self._patiently(read)
 
@@ -249,7 +188,7 @@ class Broker:
             gone = [name for name, card in zip(names, cards, strict=True) if card is None]
             if gone:
                 self._redis.zrem(keys.WORKERS, *gone)
-            return [WorkerCard.model_validate_json(card) for card in cards if card is not None]
+            return [card for text in cards if text is not None and (card := worker_card(text))]
 
         return self._patiently(read)
 
@@ -264,24 +203,21 @@ class Broker:
             self._capacity = fresh
         return self._capacity.get(model, 0)
 
-    def eta_seconds(self, task_id: str, model: str, position: int) -> float | None:
-        """Return the estimated seconds until a task with so many before it is done; None while nothing is known."""
-        pace = self._patiently(lambda: self._redis.hget(keys.PACE, model))
-        return self._estimate(model, position, pace)
-
     def probe(self) -> None:
         """Write to Redis and read it back, or raise RedisUnavailable."""
         self._patiently(lambda: self._redis.set(keys.PROBE, secrets.token_hex(4), ex=keys.PROBE_TTL_S))
 
-    def events(self, stop: Callable[[], bool]) -> Iterator[Event | None]:
+    def events(self, stop: Callable[[], bool], *, ends_only: bool = False) -> Iterator[Event | None]:
         """Yield what happens to any task, until `stop`; None once a (re-)subscription stands, as things may be missed.
 
-        One subscription serves a whole process. It reconnects for ever.
+        With `ends_only` that is their final states, one each; without, every step as well. One subscription serves a
+        whole process. It reconnects for ever.
         """
+        channels = (keys.ENDS,) if ends_only else (keys.STEPS, keys.ENDS)
         while not stop():
             subscription = self._bell.pubsub(ignore_subscribe_messages=False)
             try:
-                subscription.subscribe(keys.EVENTS)
+                subscription.subscribe(*channels)
                 while not stop():
                     message = subscription.get_message(timeout=BELL_WAIT_S)
                     if message is None:
@@ -300,15 +236,35 @@ class Broker:
 
     # The worker's side
 
-    def claim(self, worker: str, gpu: str, models: Sequence[str], room: int) -> Claim:
+    def claim(
+        self,
+        worker: str,
+        gpu: str,
+        models: Sequence[str],
+        room: int,
+        *,
+        patience_s: float | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Claim:
         """Take tasks of these models until `room` pictures are reached.
 
-        A reply that got lost is asked for again, not claimed anew.
+        A reply that got lost is asked for again, not claimed anew; so a worker should rather be patient than call
+        twice. A task whose record cannot be read fails alone.
         """
         token = secrets.token_hex(8)
         lease_ms = int(self._settings.lease_s * 1000)
-        reply = self._run("claim", worker, gpu, token, room, lease_ms, self._retention_ms, *models)
-        return Claim([_claimed(row) for row in reply[1:]], reply[0] == "suspended")
+        reply = self._run(
+            "claim", worker, gpu, token, room, lease_ms, self._retention_ms, *models,
+            patience_s=patience_s, give_up=give_up,
+        )  # fmt: skip
+        tasks = []
+        for row in reply[1:]:
+            try:
+                tasks.append(claimed(row))
+            except ValidationError:
+                error = TaskError(code="unreadable_record", message="this worker cannot read the task's record")
+                self.finish(worker, Hold(row[0], row[1]), "failed", error=error)
+        return Claim(tasks, reply[0] == "suspended")
 
     def wait(self, models: Sequence[str]) -> bool:
         """Block until the bell rings for one of these models, a second at most; return whether it rang.
@@ -440,76 +396,3 @@ def _scripts() -> dict[str, tuple[str, str]]:
 
 
 SCRIPTS = _scripts()
-
-
-def _when(milliseconds: str | int | None) -> datetime | None:
-    return datetime.fromtimestamp(int(milliseconds) / 1000, UTC) if milliseconds else None
-
-
-def _claimed(row: list[Any]) -> Claimed:
-    task_id, fence, queue, queued_ms, deadline_ms, request, request_id = row
-    return Claimed(
-        task_id=task_id,
-        fence=fence,
-        queue=queue,
-        request=ResolvedRequest.model_validate_json(request),
-        request_id=request_id,
-        queued_ms=queued_ms,
-        deadline_in_s=deadline_ms / 1000 if deadline_ms else None,
-    )
-
-
-def _record(fields: Mapping[str, str], position: int | None, eta_seconds: float | None) -> TaskRecord:
-    attempts = []
-    for fence in range(1, int(fields["fence"]) + 1):
-        if text := fields.get(f"attempt:{fence}"):
-            attempt = json.loads(text)
-            attempt["started_at"] = _when(attempt["started_at"])
-            attempt["ended_at"] = _when(attempt.get("ended_at"))
-            attempts.append(Attempt(**attempt))
-    return TaskRecord(
-        task_id=fields["id"],
-        tenant=fields["tenant"],
-        status=TaskStatus(fields["status"]),
-        request=ResolvedRequest.model_validate_json(fields["request"]),
-        request_id=fields["request_id"],
-        step=int(fields["step"]),
-        position=position,
-        eta_seconds=eta_seconds,
-        attempts=attempts,
-        images=[ImageRef(**image) for image in json.loads(fields.get("images", "[]"))],
-        error=TaskError.model_validate_json(fields["error"]) if "error" in fields else None,
-        warnings=json.loads(fields.get("warnings", "[]")),
-        stages=StageTimings.model_validate_json(fields["stages"]) if "stages" in fields else None,
-        cancel_requested="cancel" in fields,
-        created_at=datetime.fromtimestamp(int(fields["created_at"]) / 1000, UTC),
-        started_at=_when(fields.get("started_at")),
-        finished_at=_when(fields.get("finished_at")),
-        expires_at=_when(fields.get("expires_at")),
-    )
-
-
-def _summary(task_id: str, fields: Sequence[str | None]) -> TaskSummary:
-    status, model, created_at, finished_at = fields
-    return TaskSummary(
-        task_id=task_id,
-        status=TaskStatus(status or ""),
-        model=model or "",
-        created_at=datetime.fromtimestamp(int(created_at or 0) / 1000, UTC),
-        finished_at=_when(finished_at),
-    )
-
-
-def _depth(name: str, queued: int, running: int, created_at: str | None, now_ms: int) -> QueueDepth | None:
-    model, priority, tenant = [*name.split(".", 2), "", ""][:3]
-    if priority not in PRIORITIES:
-        return None  # somebody else's RQ queue in the same Redis
-    return QueueDepth(
-        name=name,
-        model=model,
-        priority=priority,
-        tenant=tenant,
-        queued=queued,
-        running=running,
-        oldest_age_seconds=(now_ms - int(created_at)) / 1000 if created_at else None,
-    )

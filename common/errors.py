@@ -134,12 +134,6 @@ class DeadlineExceeded(FleetError):
     code = "deadline_exceeded"
 
 
-class WorkerCrashed(FleetError):
-    """Raised when a task has taken its worker down as often as is allowed, and is quarantined."""
-
-    code = "worker_crashed"
-
-
 class ClientError(FleetError):
     """Raised by the Python client when the gateway cannot be reached or refuses a call."""
 

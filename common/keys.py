@@ -22,7 +22,8 @@ PACE = "zf:pace"  # hash model -> ms one task takes on one slot, smoothed      f
 WORKERS = "zf:workers"  # zset worker name -> last beat, ms      beat
 CARD = "zf:card:"  # + worker: how it describes itself, JSON     beat
 PROBE = "zf:probe"  # proves that Redis takes writes        ready
-EVENTS = "zf:events"  # channel: "<id> <event> <step> <steps>"     every transition
+ENDS = "zf:ends"  # channel: "<id> <final state> <step> <steps>"    finish, cancel, claim, reap
+STEPS = "zf:steps"  # channel: the same of all that happens before  progress, claim, release, reap
 
 # RQ's                                             written by
 RQ_QUEUES = "rq:queues"  # set of queue keys         submit

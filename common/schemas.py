@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
@@ -39,6 +39,12 @@ class Wire(BaseModel):
     """Base of all wire models: frozen, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Stored(Wire):
+    """Base of what is kept on Redis: one version writes it and another may read it, so an unknown field is ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 def _readable(text: str | None) -> str | None:
@@ -92,7 +98,7 @@ class GenerateRequest(Wire):
         return text
 
 
-class ResolvedRequest(Wire):
+class ResolvedRequest(Stored):
     """A request with every value set and checked against its model: what a worker carries out."""
 
     prompt: str
@@ -112,7 +118,7 @@ class ResolvedRequest(Wire):
     metadata: Mapping[str, str] = Field(default_factory=dict)
 
 
-class Attempt(Wire):
+class Attempt(Stored):
     """One worker's try at a task."""
 
     worker: str
@@ -122,7 +128,7 @@ class Attempt(Wire):
     outcome: Outcome = "running"
 
 
-class ImageRef(Wire):
+class ImageRef(Stored):
     """A finished picture. `key` is its place in storage and never leaves the server."""
 
     key: str
@@ -134,7 +140,7 @@ class ImageRef(Wire):
     seed: int
 
 
-class TaskError(Wire):
+class TaskError(Stored):
     """Why a task failed."""
 
     code: str
@@ -142,7 +148,7 @@ class TaskError(Wire):
     retryable: bool = False
 
 
-class StageTimings(Wire):
+class StageTimings(Stored):
     """Milliseconds that one run spent in each stage on its worker."""
 
     load_ms: float = 0.0
@@ -263,7 +269,7 @@ class QueueDepth(Wire):
     oldest_age_seconds: float | None
 
 
-class GpuReading(Wire):
+class GpuReading(Stored):
     """What the driver says of a GPU; a figure it does not give is null."""
 
     name: str
@@ -275,7 +281,7 @@ class GpuReading(Wire):
     power_w: float | None = None
 
 
-class WorkerCard(Wire):
+class WorkerCard(Stored):
     """A worker as it last described itself."""
 
     name: str
@@ -341,6 +347,3 @@ class Problem(Wire):
     detail: str
     code: str
     errors: Sequence[ProblemField] = ()
-
-
-JsonObject = dict[str, Any]

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from common.broker import Broker, NewTask
+from common.broker import Broker
 from common.errors import AlreadyFinal, RedisUnavailable, TaskExpired, UnknownTask
 from common.models import Catalogue
+from common.records import NewTask
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus, TaskSummary
 from gateway import submission
 from gateway.waiting import Hub

@@ -1,7 +1,10 @@
 """Thousands of requests that wait for their tasks, on one subscription of one background thread.
 
-Under gunicorn's gevent worker the thread is a greenlet and the locks and events below yield to the others, because they
-are looked up in `threading` only once that has been patched.
+Whoever waits for a task's end hears only ends: one short message a task. Its steps come by a second subscription, which
+is there only while somebody follows a task step by step.
+
+Under gunicorn's gevent worker the threads are greenlets, and the locks and events below let the others run, because
+they are looked up in `threading` only once that has been patched.
 """
 
 from __future__ import annotations
@@ -10,13 +13,12 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 from common import telemetry
-from common.broker import Event
+from common.records import Event
 from common.schemas import TaskStatus
 
-Events = Callable[[Callable[[], bool]], Iterator[Event | None]]  # Broker.events
 Signal = Literal["timeout", "look", "progress", "changed", "final"]
 
 SAFETY_NET_S = 10.0  # a waiter reads its task again this often, should an event have been missed …
@@ -27,6 +29,12 @@ RESTART_S = 1.0
 FINAL = frozenset(status.value for status in TaskStatus if status.final)
 
 log = telemetry.get_logger()
+
+
+class Events(Protocol):
+    """Broker.events."""
+
+    def __call__(self, stop: Callable[[], bool], *, ends_only: bool = False) -> Iterator[Event | None]: ...
 
 
 class Listener:
@@ -55,14 +63,15 @@ class Listener:
 
 
 class Hub:
-    """Hands each event to the listeners of its task. The subscription begins with the first listener."""
+    """Hands each event to the listeners of its task. A subscription begins with the first listener that needs it."""
 
     def __init__(self, events: Events) -> None:
         self._events = events
         self._listeners: dict[str, set[Listener]] = {}
         self._count = 0
+        self._followers = 0
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._threads: dict[bool, threading.Thread] = {}  # by ends_only
         self.closed = False
 
     @contextmanager
@@ -75,12 +84,16 @@ class Hub:
         with self._lock:
             self._listeners.setdefault(task_id, set()).add(listener)
             self._count += 1
-            self._start()
+            self._followers += every_step
+            self._start(ends_only=True)
+            if every_step:
+                self._start(ends_only=False)
         try:
             yield listener
         finally:
             with self._lock:
                 self._count -= 1
+                self._followers -= every_step
                 mine = self._listeners[task_id]
                 mine.discard(listener)
                 if not mine:
@@ -95,28 +108,36 @@ class Hub:
         return random.uniform(0.0, self._count / CATCH_UP_READS_PER_S)
 
     def close(self) -> None:
-        """Let everybody answer now with what they know, and end the subscription. For a process that stops."""
+        """Let everybody answer now with what they know, and end the subscriptions. For a process that stops."""
         self.closed = True
-        self._ring_all("look")
+        self._ring_all("look", followers_only=False)
 
-    def _start(self) -> None:
-        if self._thread is None and not self.closed:
-            self._thread = threading.Thread(target=self._run, name="events", daemon=True)
-            self._thread.start()
+    def _start(self, *, ends_only: bool) -> None:
+        if ends_only not in self._threads and not self.closed:
+            thread = threading.Thread(target=self._run, args=(ends_only,), name="events", daemon=True)
+            self._threads[ends_only] = thread
+            thread.start()
 
-    def _run(self) -> None:
+    def _run(self, ends_only: bool) -> None:
+        def over() -> bool:
+            return self.closed or not (ends_only or self._followers)
+
         pause = threading.Event()
-        while not self.closed:
+        while True:
             try:
-                for event in self._events(lambda: self.closed):
-                    self._hand_out(event)
+                for event in self._events(over, ends_only=ends_only):
+                    self._hand_out(event, ends_only)
             except Exception as error:
                 log.error("events_failed", error=type(error).__name__)
                 pause.wait(RESTART_S)
+            with self._lock:  # so that a follower either finds this thread going on, or starts the next
+                if over():
+                    del self._threads[ends_only]
+                    return
 
-    def _hand_out(self, event: Event | None) -> None:
+    def _hand_out(self, event: Event | None, ends_only: bool) -> None:
         if event is None:
-            self._ring_all("look")
+            self._ring_all("look", followers_only=not ends_only)
             return
         listeners = self._listeners.get(event.task_id)
         if not listeners:
@@ -125,12 +146,14 @@ class Hub:
         signal: Signal = "final" if final else "progress" if event.name == "progress" else "changed"
         with self._lock:
             for listener in listeners:
-                if final or listener.every_step:
+                if signal == "progress":
                     listener.step, listener.steps = event.step, event.steps
+                if final or listener.every_step:
                     listener.ring(signal)
 
-    def _ring_all(self, signal: Signal) -> None:
+    def _ring_all(self, signal: Signal, *, followers_only: bool) -> None:
         with self._lock:
             for listeners in self._listeners.values():
                 for listener in listeners:
-                    listener.ring(signal)
+                    if listener.every_step or not followers_only:
+                        listener.ring(signal)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common.broker import Broker, NewTask
+from common.broker import Broker
+from common.records import NewTask
 from common.schemas import ResolvedRequest, WorkerCard
 from common.settings import Settings, load_settings
 from tests.servers import RedisServer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 
-from common.broker import Broker, NewTask
+from common.broker import Broker
+from common.records import NewTask
 from common.schemas import TaskRecord, TaskStatus, WorkerCard
 from tests.conftest import resolved
 from tests.servers import eventually

@@ -34,21 +34,21 @@ class Committer:
         self._storage = storage
         self._committed = committed
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="commit")
-        self._abandon = False
+        self._abandon_at = FOREVER  # on time.monotonic's clock
 
     def commit(self, task: HeldTask) -> None:
         """Take over a task that has its outcome; returns at once."""
         self._threads.submit(self._run, task)
 
-    def close(self, *, abandon: bool = False) -> None:
-        """Wait until everything taken over is committed; `abandon` gives up on a Redis that stays away."""
-        self._abandon = abandon
+    def close(self, *, abandon_after_s: float = FOREVER) -> None:
+        """Wait until everything taken over is committed, but no longer than this for a Redis that is away."""
+        self._abandon_at = time.monotonic() + abandon_after_s
         self._threads.shutdown(wait=True)
 
     def _run(self, task: HeldTask) -> None:
         try:
             if task.outcome == "released":
-                self._broker.release(self._worker, task.hold)
+                self._broker.release(self._worker, task.hold)  # if Redis is away, the burial or the lease does it
             elif task.outcome in ("succeeded", "failed", "canceled"):
                 self._finish(task)
             log.info(
@@ -76,6 +76,11 @@ class Committer:
             except FleetError as error:
                 task.outcome = "failed"
                 task.error = TaskError(code=error.code, message=error.message, retryable=error.retryable)
+            except Exception as error:  # the encoder's; running the task again would end the same way
+                log.error("encode_failed", task_id=task.claimed.task_id, error=type(error).__name__)
+                task.outcome = "failed"
+                message = f"the picture could not be written as {task.claimed.request.format} ({type(error).__name__})"
+                task.error = TaskError(code="encode_failed", message=message)
         status = task.outcome
         assert status == "succeeded" or status == "failed" or status == "canceled"
         stages = StageTimings(
@@ -94,7 +99,7 @@ class Committer:
             stages=stages,
             busy_ms=task.busy_s * 1000,
             patience_s=FOREVER,
-            give_up=lambda: self._abandon,
+            give_up=lambda: time.monotonic() >= self._abandon_at,
         )
         if verdict == "lost":
             task.outcome = "lost"

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.broker import Claimed, Hold, Verdict
 from common.errors import DeadlineExceeded, FleetError, PipelineFailed
+from common.records import Claimed, Hold, Verdict
 from common.schemas import TaskError
 from common.telemetry import get_logger
 from worker.pipelines.base import BasePipeline, ImageRequest, Run

@@ -28,7 +28,8 @@ def _nvml() -> Iterator[bool]:
     try:
         yield True
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def count() -> int:
@@ -49,29 +50,31 @@ def choose(devices: str) -> list[str]:
         return [CPU]
     chosen = [part.strip() for part in devices.split(",")]
     for part in chosen:
-        if not part.isdigit() or int(part) >= there:
+        if not (part.isascii() and part.isdigit()) or int(part) >= there:
             raise ConfigurationError(f"devices: {part!r} is not a GPU of this machine, which has {there}; or say cpu")
     return chosen
 
 
 def read(index: int) -> GpuReading | None:
-    """Return the state of one GPU, or None where there is no driver; a figure it does not give is null."""
+    """Return the state of one GPU, or None when the driver does not answer; a figure it does not give is null."""
     with _nvml() as there:
-        if not there:
-            return None
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        memory = _maybe(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
-        power = _maybe(lambda: float(pynvml.nvmlDeviceGetPowerUsage(handle)))
-        name = pynvml.nvmlDeviceGetName(handle)
-        return GpuReading(
-            name=name.decode() if isinstance(name, bytes) else name,
-            index=index,
-            memory_used_mb=memory.used // MIB if memory else None,
-            memory_total_mb=memory.total // MIB if memory else None,
-            utilisation_percent=_maybe(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
-            temperature_c=_maybe(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
-            power_w=power / 1000 if power is not None else None,
-        )
+        return _maybe(lambda: _read(index)) if there else None
+
+
+def _read(index: int) -> GpuReading:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = _maybe(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+    power = _maybe(lambda: float(pynvml.nvmlDeviceGetPowerUsage(handle)))
+    name = pynvml.nvmlDeviceGetName(handle)
+    return GpuReading(
+        name=name.decode() if isinstance(name, bytes) else name,
+        index=index,
+        memory_used_mb=memory.used // MIB if memory else None,
+        memory_total_mb=memory.total // MIB if memory else None,
+        utilisation_percent=_maybe(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
+        temperature_c=_maybe(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
+        power_w=power / 1000 if power is not None else None,
+    )
 
 
 def _maybe(ask: Callable[[], T]) -> T | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,15 +13,16 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import psutil
-from redis import Redis
+from redis import Redis, RedisError
 from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 from rq.worker_registration import register
 
 from common import storage
-from common.broker import Broker, Claimed
+from common.broker import FOREVER, Broker
 from common.connection import connect, patiently
 from common.errors import ConfigurationError, FleetError, RedisUnavailable
+from common.records import Claimed
 from common.schemas import PRIORITIES, WorkerCard
 from common.settings import Settings
 from common.telemetry import configure, get_logger
@@ -37,6 +39,8 @@ SUSPENDED_WAIT_S = 0.5
 REDIS_AWAY_WAIT_S = 0.25
 BACKLOG_WAIT_S = 0.05
 FEEDER_JOIN_S = 0.005
+FEED_FAILED_WAIT_S = 1.0
+COMMIT_PATIENCE_S = 5.0  # on a drain, for a Redis that is away
 START_PATIENCE_S = 30.0
 COMMIT_BACKLOG = 8  # tasks waiting for storage beyond this stop further claims
 MIB = 1024 * 1024
@@ -101,7 +105,8 @@ class GpuWorker(SimpleWorker):
             self._drain(feeder)
         finally:
             self.pulse.stop()
-        self.register_death()
+        with contextlib.suppress(RedisError):  # the supervisor's burial takes the name away as well
+            self.register_death()
         log.info("worker_stopped", images_done=self._images_done)
         return 0
 
@@ -152,7 +157,9 @@ class GpuWorker(SimpleWorker):
                 self._draining.wait(BACKLOG_WAIT_S)
                 continue
             try:
-                claim = self.broker.claim(self.name, self.device, models, room)
+                claim = self.broker.claim(
+                    self.name, self.device, models, room, patience_s=FOREVER, give_up=self._draining.is_set
+                )
                 for claimed in claim.tasks:
                     self._take(claimed)
                 if claim.suspended:
@@ -161,6 +168,9 @@ class GpuWorker(SimpleWorker):
                     self.broker.wait(models)
             except RedisUnavailable:
                 self._draining.wait(REDIS_AWAY_WAIT_S)
+            except Exception as error:  # a worker that beats but claims nothing would be worse than any error
+                log.error("feed_failed", error=type(error).__name__)
+                self._draining.wait(FEED_FAILED_WAIT_S)
 
     def _take(self, claimed: Claimed) -> None:
         deadline = time.monotonic() + claimed.deadline_in_s if claimed.deadline_in_s else None
@@ -200,7 +210,7 @@ class GpuWorker(SimpleWorker):
         while not self.engine.idle and time.monotonic() < until:
             self.engine.turn(0)
         self.engine.release(begun=True)
-        self.committer.close(abandon=False)
+        self.committer.close(abandon_after_s=max(0.0, until - time.monotonic()) + COMMIT_PATIENCE_S)
 
 
 def main(name: str, device: str, settings: Settings, parent_pipe: int | None) -> int:

@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from common.broker import Broker, Hold
+from common.broker import Broker
 from common.errors import RedisUnavailable
+from common.records import Hold
 from common.schemas import WorkerCard
 from common.telemetry import get_logger
 from worker.engine import HeldTask

@@ -13,8 +13,9 @@ import threading
 import time
 from dataclasses import dataclass
 
-from common.broker import Broker, Reaped
+from common.broker import Broker
 from common.errors import RedisUnavailable
+from common.records import Reaped
 from common.settings import Settings, child_environment
 from common.telemetry import get_logger
 from worker import gpu
@@ -55,11 +56,12 @@ class Supervisor:
         settings.catalogue()  # a wrong model name is told here, once, and not by every child
         devices = gpu.choose(settings.devices)
         self.slots = [Slot(device, index) for index, device in enumerate(devices * settings.workers_per_device)]
-        self._broker = Broker(settings)
+        self._broker = Broker(settings, patience_s=0.0)  # a call that had to wait would reap before the living beat
         self._housekeeping = Housekeeping(settings)
         self._stopping = threading.Event()
         self._dead: list[str] = []  # workers whose runs are still to be taken back
-        self._next_reap = self._next_reconcile = 0.0
+        # we may have come up together with a Redis that was away
+        self._next_reap = self._next_reconcile = time.monotonic() + settings.lease_s
 
     def stop(self) -> None:
         """Ask for a drain; safe from a signal handler."""

@@ -22,6 +22,7 @@ from zfleet.trouble import Trouble
 
 REDIS_PORT = 6379  # the one that ZFLEET_REDIS_URL defaults to, so that one more worker here needs no setting
 POLL_S = 0.1
+READY_POLL_S = 0.25
 REDIS_START_S = 20.0
 REDIS_PORT_TRIES = 5
 READY_TIMEOUT_S = 3.0
@@ -34,6 +35,7 @@ COMPLAINT = "zfleet: "  # how every complaint of ours begins
 
 REDIS_GRACE_S = 10.0
 GATEWAY_GRACE_S = 5.0
+LOADING_GRACE_S = 3.0  # a worker that still loads its model has nothing to finish, and may not look up for minutes
 WORKER_MARGIN_S = 15.0  # beyond the drain time
 REDIS_RANK, GATEWAY_RANK, WORKER_RANK = range(3)  # stopped from the highest down: a worker has to hand in its work
 
@@ -153,9 +155,9 @@ class Stack:
     def stop(self) -> None:
         """Stop everything, in order. Safe to call twice."""
         with self._interrupts.held():
+            if self._children:
+                self._reporter.say("Stopping …")
             for child in sorted(self._children, key=lambda child: -child.rank):
-                if child.running and child.rank == WORKER_RANK:
-                    self._reporter.say("Stopping …")
                 child.stop(lambda: self._interrupts.hurry)
                 if self._guardian:
                     self._guardian.forget(child.pid)
@@ -184,7 +186,6 @@ class Stack:
         self._trouble = Trouble(self.settings.log_dir or self._logs)
         self._start_gateway()
         self._start_worker()
-        self._await_ready()
 
     def _open_port(self) -> None:
         """Listen ourselves and hand the socket down: nobody can take the port in between, not even over a restart."""
@@ -259,8 +260,12 @@ class Stack:
 
     def _start_worker(self) -> None:
         self._reporter.say(f"Starting the worker for {', '.join(self.settings.models)} …")
-        grace_s = self.settings.drain_s + WORKER_MARGIN_S
-        self._launch(self._child("worker", machine.worker_command(), rank=WORKER_RANK, grace_s=grace_s))
+        worker = self._child("worker", machine.worker_command(), rank=WORKER_RANK, grace_s=LOADING_GRACE_S)
+        self._launch(worker)
+        self._await_ready()
+        worker.grace_s = self.settings.drain_s + WORKER_MARGIN_S
+        if self._guardian:
+            self._guardian.watch(worker)
 
     def _await_ready(self) -> None:
         with Client(self.url, timeout_s=READY_TIMEOUT_S) as client:
@@ -273,7 +278,7 @@ class Stack:
                     self._reporter.waiting("the worker loads its model")
                 else:
                     self._reporter.waiting("the gateway and the worker start")
-                time.sleep(POLL_S)
+                time.sleep(READY_POLL_S)
 
     def _child(
         self,

@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-LOGS = "*-*.log"  # <role>-<slot>.log, as telemetry names them
+LOGS = "[sw]*-*.log"  # <role>-<slot>.log of the supervisor and the workers, as telemetry names them
 OUT_OF_MEMORY = -9  # the exit code of a child that the kernel killed
 
 

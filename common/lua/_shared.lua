@@ -22,8 +22,12 @@ local function iso(ms)
     math.floor(seconds / 3600) % 24, math.floor(seconds / 60) % 60, seconds % 60, ms % 1000)
 end
 
+local REGISTRY = {succeeded = K.RQ_FINISHED, failed = K.RQ_FAILED, expired = K.RQ_FAILED, canceled = K.RQ_CANCELED}
+local RQ_STATUS = {succeeded = 'finished', failed = 'failed', expired = 'failed', canceled = 'canceled'}
+
 local function publish(id, event, step, steps)
-  redis.call('PUBLISH', K.EVENTS, id .. ' ' .. event .. ' ' .. (step or 0) .. ' ' .. (steps or 0))
+  local channel = RQ_STATUS[event] and K.ENDS or K.STEPS
+  redis.call('PUBLISH', channel, id .. ' ' .. event .. ' ' .. (step or 0) .. ' ' .. (steps or 0))
 end
 
 -- One token wakes one worker that waits; a worker that leaves tasks behind rings again for the next.
@@ -66,9 +70,6 @@ local function requeue(id, model, priority, tenant, queue)
   publish(id, 'queued')
   ring(model)
 end
-
-local REGISTRY = {succeeded = K.RQ_FINISHED, failed = K.RQ_FAILED, expired = K.RQ_FAILED, canceled = K.RQ_CANCELED}
-local RQ_STATUS = {succeeded = 'finished', failed = 'failed', expired = 'failed', canceled = 'canceled'}
 
 -- Makes a task final. The caller has checked that it is not. `error` is JSON or ''.
 local function settle(id, queue, status, error, now, retention_ms)

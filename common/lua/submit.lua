@@ -9,7 +9,7 @@ local idempotency_key = K.IDEMPOTENCY .. tenant .. ':' .. idempotency
 
 if idempotency ~= '' then
   local known = redis.call('HMGET', idempotency_key, 'id', 'body')
-  if known[1] then
+  if known[1] and redis.call('EXISTS', K.TASK .. known[1]) == 1 then
     if known[2] ~= body_hash then return {'conflict', known[1]} end
     return {'exists', known[1], 0, ''}
   end

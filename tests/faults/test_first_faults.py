@@ -115,6 +115,56 @@ def test_redis_killed_with_tasks_queued_and_running(fleet_settings: Settings, tm
             assert {child.pid for child in children(server)} == pids, "a worker left because Redis was away"
 
 
+def test_an_outage_longer_than_the_lease_doubles_nothing(fleet_settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    changes = {"lease_s": 1.5, "beat_s": 0.3, "simulated_image_ms": 6_000.0}
+    with RedisServer(folder) as redis_server:
+        settings = fleet_settings.model_copy(update={"redis_url": redis_server.url, **changes})
+        broker = Broker(settings, patience_s=20.0)
+        with WorkerServer(settings, tmp_path / "log"):
+            ready_workers(broker, 2)
+            task_ids = submit_many(broker, 2, steps=60)
+            eventually(lambda: all(record(broker, i).status is TaskStatus.RUNNING for i in task_ids))
+            redis_server.kill()
+            time.sleep(3.0)
+            redis_server.start()
+            for task in await_final(broker, task_ids):
+                assert [attempt.outcome for attempt in task.attempts] == ["succeeded"]
+
+
+def test_a_frozen_worker_that_thaws_is_refused(broker: Broker, fleet_settings: Settings, tmp_path: Path) -> None:
+    settings = fleet_settings.model_copy(update={"lease_s": 1.5, "beat_s": 0.3, "simulated_image_ms": 1_500.0})
+    with WorkerServer(settings, tmp_path / "log"):
+        cards = {card.name: card for card in ready_workers(broker, 2)}
+        (task_id,) = submit_many(broker, 1)
+        frozen = cards[await_running(broker, [task_id]).attempts[0].worker]
+        os.kill(frozen.pid, signal.SIGSTOP)
+        try:
+            await_final(broker, [task_id], within_s=15)
+        finally:
+            os.kill(frozen.pid, signal.SIGCONT)
+        eventually(lambda: [c.state for c in broker.workers() if c.name == frozen.name] == ["idle"])
+        assert_each_ended_once(broker, settings, [task_id])
+        assert [a.outcome for a in record(broker, task_id).attempts] == ["lost", "succeeded"]
+
+
+def test_a_drain_while_redis_is_away_ends(fleet_settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with RedisServer(folder) as redis_server:
+        settings = fleet_settings.model_copy(update={"redis_url": redis_server.url, "drain_s": 0.5})
+        server = WorkerServer(settings, tmp_path / "log").start()
+        broker = Broker(settings)
+        ready_workers(broker, 2)
+        await_running(broker, submit_many(broker, 2))
+        orphans = children(server)
+        redis_server.kill()
+        server.kill()
+        _, alive = psutil.wait_procs(orphans, timeout=20)
+        assert not alive, "a worker without a supervisor and without Redis holds its GPU for ever"
+
+
 def test_a_killed_supervisor_leaves_no_children(broker: Broker, fleet_settings: Settings, tmp_path: Path) -> None:
     server = WorkerServer(fleet_settings, tmp_path / "log").start()
     ready_workers(broker, 2)

@@ -35,12 +35,11 @@ def taken(port: int) -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_everything(number: signal.Signals, tmp_path: Path) -> None:
+def test_ctrl_c_stops_everything(tmp_path: Path) -> None:
     up = Up(tmp_path / "a b").start()
     family = up.family()
     assert len(family) >= PARTS + 2  # and gunicorn's worker, and ours
-    up.signal(number)
+    up.signal(signal.SIGINT)
     assert up.process is not None
     assert up.process.wait(20) == 0
     assert_gone(family, within_s=0)
@@ -49,25 +48,16 @@ def test_a_signal_stops_everything(number: signal.Signals, tmp_path: Path) -> No
         pass
 
 
-def test_what_runs_is_finished_first(tmp_path: Path) -> None:
+def test_sigterm_lets_finish_what_runs_and_the_next_run_does_the_rest(tmp_path: Path) -> None:
     with Up(tmp_path, simulated_image_ms=1500) as up, up.client() as client:
-        task_id = client.submit("x").task_id
-        eventually(lambda: client.status(task_id).status == "running")
-        up.stop()
+        task_ids = [client.submit("x").task_id for _ in range(3)]
+        eventually(lambda: client.status(task_ids[0]).status == "running")
+        assert up.stop() == 0
     with Up(tmp_path) as up, up.client() as client:
-        view = client.status(task_id)
-        assert [attempt.outcome for attempt in view.attempts] == ["succeeded"]
-        assert client.images(view)
-
-
-def test_the_second_run_knows_what_the_first_did(tmp_path: Path) -> None:
-    with Up(tmp_path, simulated_image_ms=700) as up, up.client() as client:
-        done = client.generate("x").view.task_id
-        queued = [client.submit("x").task_id for _ in range(8)]
-        up.stop()
-    with Up(tmp_path) as up, up.client() as client:
-        assert client.status(done).status == "succeeded"
-        assert {client.wait(task_id, 30).status for task_id in queued} == {"succeeded"}
+        views = [client.wait(task_id, 30) for task_id in task_ids]
+        assert {view.status for view in views} == {"succeeded"}
+        assert [attempt.outcome for attempt in views[0].attempts] == ["succeeded"]
+        assert client.images(views[0])
 
 
 def test_a_data_directory_has_one_stack(tmp_path: Path) -> None:
@@ -91,32 +81,30 @@ def test_taken_ports_are_replaced_and_that_is_said(tmp_path: Path) -> None:
                 client.generate("x")
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_kill_9_leaves_nothing_behind_and_the_next_start_works(whole_group: bool, tmp_path: Path) -> None:
-    up = Up(tmp_path, simulated_image_ms=4000).start()
+def test_kill_9_leaves_nothing_behind_and_the_next_start_works(tmp_path: Path) -> None:
+    up = Up(tmp_path, simulated_image_ms=2000).start()
     family = up.family()
     with up.client() as client:
         task_id = client.submit("x").task_id
         eventually(lambda: client.status(task_id).status == "running")
-    if whole_group:
-        os.killpg(up.pid, signal.SIGKILL)
+    os.killpg(up.pid, signal.SIGKILL)
     up.kill()
     with Up(tmp_path) as again, again.client() as client:  # while the old one may still be on its way out
         assert_gone(family, within_s=0)
         assert client.wait(task_id, 30).status == "succeeded"
 
 
-@pytest.mark.parametrize("mark", ["gunicorn", "redis-server", "-m worker"])
-def test_what_dies_is_started_again(mark: str, tmp_path: Path) -> None:
+def test_what_dies_is_started_again(tmp_path: Path) -> None:
     with Up(tmp_path, redis_timeout_s=0.5) as up, up.client() as client:
-        done = client.generate("x").view.task_id
-        victim = up.member(mark)
-        victim.kill()
-        eventually(lambda: "starting it again" in up.said(), within_s=10)
-        eventually(lambda: client.ready() is None, within_s=30)
-        assert client.generate("x", timeout_s=40).view.status == "succeeded"
-        assert client.status(done).status == "succeeded"
-        eventually(lambda: up.member(mark).pid != victim.pid)  # gunicorn's orphan may have answered until now
+        for times, mark in enumerate(("redis-server", "gunicorn", "-m worker"), 1):
+            done = client.generate("x").view.task_id
+            victim = up.member(mark)
+            victim.kill()
+            eventually(lambda times=times: up.said().count("starting it again") == times)
+            eventually(lambda mark=mark, victim=victim: up.member(mark).pid != victim.pid)
+            eventually(lambda: client.ready() is None, within_s=30)
+            assert client.generate("x", timeout_s=40).view.status == "succeeded"
+            assert client.status(done).status == "succeeded"
         family = up.family()
     assert_gone(family, within_s=0)
 
@@ -162,13 +150,13 @@ def test_a_second_ctrl_c_does_not_wait_for_what_runs(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_loaded_is_told_and_all_is_stopped(tmp_path: Path) -> None:
     models = tmp_path / "models.toml"
-    models.write_text('[mine]\nsource = "/nowhere/at/all"\n')
+    models.write_text('[mine]\nsource = "x"\npipeline = "steam"\n')
     env = environment(data_dir=tmp_path / "data", models_file=models)
     done = zfleet("up", "--model", "mine", env=env, timeout_s=100)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("zfleet: the worker failed: ")
-    assert "/nowhere/at/all" in last
+    assert "'steam'" in last
     assert not [p for p in psutil.process_iter(["environ"]) if str(tmp_path) in str(p.info["environ"])]
 
 
@@ -210,7 +198,10 @@ def test_it_works_from_a_path_with_a_space_and_beside_folders_of_the_same_names(
     users = tmp_path / "users"
     (users / "worker").mkdir(parents=True)
     (users / "worker" / "__init__.py").write_text("raise SystemExit('this is not zfleet')")
-    env = environment(data_dir="data dir") | {"PYTHONPATH": str(home), "PYTHONSAFEPATH": "1"}
+    env = environment(data_dir="data dir", x_accel="/_results/", redis_url="redis://127.0.0.1:1/0") | {
+        "PYTHONPATH": str(home),
+        "PYTHONSAFEPATH": "1",
+    }
     done = zfleet("demo", "--model", "simulated", "--out", "new/x.png", cwd=users, env=env)
     assert done.returncode == 0, done.stderr
     assert Image.open(users / "new" / "x.png").format == "PNG"

@@ -46,7 +46,13 @@ class Up(Server):
         self.port = free_port()
         self._said_before = 0
         folder.mkdir(parents=True, exist_ok=True)
-        given = {"data_dir": folder / "data", "port": self.port, "simulated_image_ms": 100, "drain_s": 5} | settings
+        given = {
+            "data_dir": folder / "data",
+            "port": self.port,
+            "simulated_image_ms": 100,
+            "drain_s": 5,
+            "beat_s": 0.5,
+        } | settings
         command = [sys.executable, "-m", "zfleet", "up", "--model", "simulated", *flags]
         super().__init__(command, env=environment(**given), log=folder / "up.log")
 

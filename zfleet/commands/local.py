@@ -69,18 +69,24 @@ def demo(prompt: str, out: Path, model: str) -> None:
     from common.settings import load_settings
     from zfleet.display import Lines
     from zfleet.interrupts import Interrupts
+    from zfleet.stack import StackFailed
 
     began = time.monotonic()
     image_format = _require_target(out)
     lines = Lines()
     models_dir = load_settings().cache_dir  # what was built or fetched once serves every demo
     folder = tempfile.mkdtemp(prefix="zfleet-demo-")
+    plain = {"storage": "local", "x_accel": "", "dialects": "native"}  # whatever this machine's fleet is set to
     try:
-        settings = load_settings({"models": model, "data_dir": folder, "models_dir": models_dir})
+        settings = load_settings({"models": model, "data_dir": folder, "models_dir": models_dir, **plain})
         with Interrupts() as interrupts:
             _paint(settings, lines, interrupts, prompt, out, image_format)
+    except StackFailed:
+        folder = ""  # the error names the logs in it
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
     lines.say(f"Done in {time.monotonic() - began:.1f} s; everything that was started is stopped.\n{_farewell()}")
 
 
@@ -164,9 +170,9 @@ def _farewell() -> str:
 
 def _program() -> str:
     """Return how this very program is called from the user's shell."""
-    if shutil.which("zfleet"):
-        return "zfleet"
     python = Path(sys.executable)
+    if shutil.which("zfleet") == str(python.with_name("zfleet")):
+        return "zfleet"
     with contextlib.suppress(ValueError):
         python = python.relative_to(Path.cwd())
     return f"{shlex.quote(str(python))} -m zfleet"

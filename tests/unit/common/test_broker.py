@@ -14,8 +14,9 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegist
 from rq.serializers import JSONSerializer
 
 from common import keys
-from common.broker import Broker, Claimed, Hold, NewTask
+from common.broker import Broker
 from common.errors import IdempotencyConflict, QueueFull
+from common.records import Claimed, Hold, NewTask
 from common.schemas import ImageRef, StageTimings, TaskError, TaskStatus, WorkerCard
 from common.settings import Settings
 from tests.conftest import SubmitFn, resolved
@@ -142,6 +143,40 @@ def test_a_claim_whose_reply_was_lost_gives_the_same_tasks_again(
     again = broker.claim("w1", "cpu", ["simulated"], 1).tasks
     assert [hold(task) for task in first] == [hold(task) for task in again]
     assert broker.queues()[0].queued == 1
+
+
+def test_a_record_that_cannot_be_read_fails_alone(broker: Broker, submit: SubmitFn, redis_server: RedisServer) -> None:
+    broken, whole = submit(), submit()
+    redis_server.client.hset(keys.TASK + broken, "request", '{"prompt": 7}')
+    tasks = broker.claim("w1", "cpu", ["simulated"], 9).tasks
+    assert [task.task_id for task in tasks] == [whole]
+    assert redis_server.client.hget(keys.TASK + broken, "status") == "failed"
+    assert broker.queues()[0].running == 1
+
+
+def test_what_a_newer_version_adds_is_ignored(broker: Broker, submit: SubmitFn, redis_server: RedisServer) -> None:
+    task_id = submit()
+    request = {**resolved().model_dump(), "invented_later": 1}
+    redis_server.client.hset(keys.TASK + task_id, "request", json.dumps(request))
+    assert claim_one(broker).request == resolved()
+
+
+def test_a_cancel_that_is_sent_twice_is_one(broker: Broker, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_id = submit()
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "same token")
+    assert [broker.cancel(task_id, "default") for _ in range(2)] == ["canceled", "canceled"]
+
+
+def test_an_idempotency_key_whose_task_is_gone_makes_a_new_one(broker: Broker, redis_server: RedisServer) -> None:
+    def send() -> str:
+        task_id = secrets.token_hex(16)
+        task = NewTask(task_id=task_id, tenant="default", request=resolved(), idempotency_key="k", body_hash="b")
+        return broker.submit(task).task_id
+
+    first = send()
+    assert send() == first
+    redis_server.client.delete(keys.TASK + first)
+    assert send() != first
 
 
 def test_sixteen_workers_never_share_a_task(broker: Broker, submit: SubmitFn) -> None:

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from common.broker import Broker, Claimed, Hold
+from common.broker import Broker
+from common.records import Claimed, Hold
 from common.schemas import GpuReading, ImageRef, TaskError, WorkerCard
 from common.storage.base import BaseStorage
 

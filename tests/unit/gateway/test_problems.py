@@ -48,7 +48,7 @@ def problem(answer: object) -> Problem:
 
 def raised_here(kind: type[FleetError]) -> bool:
     """Whether a gateway can come to raise this; the others are a worker's or the command line's."""
-    elsewhere = {"FleetError", "ModelLoadFailed", "PipelineFailed", "DeadlineExceeded", "WorkerCrashed", "ClientError"}
+    elsewhere = {"FleetError", "ModelLoadFailed", "PipelineFailed", "DeadlineExceeded", "ClientError"}
     return kind.__name__ not in elsewhere | {"ConfigurationError"}
 
 

@@ -1,39 +1,44 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from common.broker import Event
+from common.broker import Broker
+from common.records import Event
 from gateway import waiting
-from gateway.waiting import Hub
+from gateway.waiting import FINAL, Hub, Listener
 from tests.servers import eventually
+from tests.unit.gateway.fake_worker import FakeWorker
 
 
 class Channel:
-    """Stands in for Broker.events: yields what is put."""
+    """Stands in for Broker.events: every subscription yields what is put while it stands."""
 
     def __init__(self) -> None:
-        self.queue: queue.Queue[Event | Exception | None] = queue.Queue()
+        self.standing: dict[bool, queue.Queue[Event | Exception]] = {}  # by ends_only
         self.subscriptions = 0
 
-    def events(self, stop: Callable[[], bool]) -> Iterator[Event | None]:
+    def events(self, stop: Callable[[], bool], *, ends_only: bool = False) -> Iterator[Event | None]:
         self.subscriptions += 1
+        mine = self.standing[ends_only] = queue.Queue()
         yield None
         while not stop():
             try:
-                event = self.queue.get(timeout=0.02)
+                event = mine.get(timeout=0.02)
             except queue.Empty:
                 continue
             if isinstance(event, Exception):
                 raise event
             yield event
+        del self.standing[ends_only]
 
     def put(self, task_id: str, name: str, step: int = 0, steps: int = 0) -> None:
-        self.queue.put(Event(task_id, name, step, steps))
+        for ends_only, events in list(self.standing.items()):
+            if name in FINAL or not ends_only:
+                events.put(Event(task_id, name, step, steps))
 
 
 @pytest.fixture
@@ -46,6 +51,12 @@ def hub(channel: Channel) -> Iterator[Hub]:
     hub = Hub(channel.events)
     yield hub
     hub.close()
+
+
+def both_stand(channel: Channel, listener: Listener) -> None:
+    eventually(lambda: len(channel.standing) == 2)
+    while listener.wait(0.05) != "timeout":
+        pass
 
 
 def test_nothing_is_subscribed_before_somebody_listens(hub: Hub, channel: Channel) -> None:
@@ -84,7 +95,7 @@ def test_every_final_state_is_an_end(hub: Hub, channel: Channel, name: str) -> N
 
 def test_a_follower_hears_every_step_and_change(hub: Hub, channel: Channel) -> None:
     with hub.listen("a", every_step=True) as listener:
-        assert listener.wait(5) == "look"
+        both_stand(channel, listener)
         channel.put("a", "running", 0, 8)
         assert listener.wait(5) == "changed"
         channel.put("a", "progress", 3, 8)
@@ -94,7 +105,7 @@ def test_a_follower_hears_every_step_and_change(hub: Hub, channel: Channel) -> N
 
 def test_a_slow_follower_hears_the_last_step_and_never_misses_a_change(hub: Hub, channel: Channel) -> None:
     with hub.listen("a", every_step=True) as listener:
-        assert listener.wait(5) == "look"
+        both_stand(channel, listener)
         channel.put("a", "running")
         for step in range(1, 6):
             channel.put("a", "progress", step, 8)
@@ -125,7 +136,7 @@ def test_whoever_has_gone_is_forgotten(hub: Hub) -> None:
 def test_one_thread_serves_all(hub: Hub, channel: Channel) -> None:
     listening = [hub.listen(str(number)) for number in range(500)]
     listeners = [one.__enter__() for one in listening]
-    assert sum(thread is hub._thread for thread in threading.enumerate()) == channel.subscriptions == 1
+    assert (len(hub._threads), channel.subscriptions) == (1, 1)
     for number in range(500):
         channel.put(str(number), "succeeded")
     assert {listener.wait(5) for listener in listeners} <= {"look", "final"}
@@ -137,7 +148,7 @@ def test_a_failing_subscription_is_begun_again(hub: Hub, channel: Channel, monke
     monkeypatch.setattr(waiting, "RESTART_S", 0.01)
     with hub.listen("a") as listener:
         assert listener.wait(5) == "look"
-        channel.queue.put(ValueError("not an event"))
+        channel.standing[True].put(ValueError("not an event"))
         assert listener.wait(5) == "look"
         assert channel.subscriptions == 2
 
@@ -147,10 +158,29 @@ def test_closing_lets_everybody_answer_and_ends_the_thread(hub: Hub) -> None:
         assert listener.wait(5) == "look"
         hub.close()
         assert listener.wait(5) == "look"
-        thread = hub._thread
-        assert thread is not None
-        thread.join(5)
-        assert not thread.is_alive()
+        eventually(lambda: not hub._threads)
+
+
+def test_steps_are_subscribed_to_only_while_somebody_follows(hub: Hub, channel: Channel) -> None:
+    with hub.listen("a"):
+        eventually(lambda: list(channel.standing) == [True])
+        with hub.listen("a", every_step=True), hub.listen("b", every_step=True):
+            eventually(lambda: set(channel.standing) == {True, False})
+        eventually(lambda: set(channel.standing) == {True} == set(hub._threads))
+        with hub.listen("a", every_step=True) as follower:
+            both_stand(channel, follower)
+            channel.put("a", "progress", 1, 2)
+            assert follower.wait(5) == "progress"
+
+
+def test_followers_come_and_go_without_losing_their_steps(hub: Hub, channel: Channel) -> None:
+    for number in range(200):
+        with hub.listen("a", every_step=True) as follower:
+            if number % 10 == 0:
+                both_stand(channel, follower)
+                channel.put("a", "progress", number, 200)
+                assert follower.wait(5) == "progress"
+    eventually(lambda: set(hub._threads) == {True})
 
 
 def test_many_listeners_read_less_often_and_spread_out(hub: Hub) -> None:
@@ -160,3 +190,22 @@ def test_many_listeners_read_less_often_and_spread_out(hub: Hub) -> None:
     assert 45 <= hub.safety_net_s() <= 55
     assert max(hub.catch_up_s() for _ in range(200)) > 8
     hub._count = 0
+
+
+def test_redis_keeps_ends_and_steps_apart(broker: Broker, submit: Callable[..., str], worker: FakeWorker) -> None:
+    hub = Hub(broker.events)
+    task_id = submit(steps=4)
+    with hub.listen(task_id) as waiter, hub.listen(task_id, every_step=True) as follower:
+        assert (waiter.wait(5), follower.wait(5)) == ("look", "look")
+        eventually(lambda: len(hub._threads) == 2)
+        while follower.wait(0.5) != "timeout":  # both subscriptions stand
+            pass
+        waiter.wait(0)
+        (task,) = worker.take()
+        assert follower.wait(5) == "changed"
+        worker.step(task, 3)
+        assert (follower.wait(5), follower.step, follower.steps) == ("progress", 3, 4)
+        assert waiter.wait(0.2) == "timeout"
+        worker.succeed(task)
+        assert (waiter.wait(5), follower.wait(5)) == ("final", "final")
+    hub.close()

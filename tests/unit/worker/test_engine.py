@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from common.broker import Claimed
 from common.models import ModelSpec
+from common.records import Claimed
 from tests.conftest import resolved
 from worker.engine import Engine, HeldTask
 from worker.pipelines.base import BasePipeline, ImageRequest, Run

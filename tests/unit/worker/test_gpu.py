@@ -65,3 +65,13 @@ def test_a_figure_the_driver_does_not_give_is_null(two_gpus: None) -> None:
     assert reading is not None
     assert (reading.name, reading.index, reading.memory_used_mb, reading.memory_total_mb) == ("NVIDIA H200", 1, 3, 1000)
     assert (reading.utilisation_percent, reading.temperature_c, reading.power_w) == (97, None, 412.345)
+
+
+def test_a_driver_that_stumbles_is_no_error(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lost)
+    assert gpu.read(0) is not None
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lost)
+    assert gpu.read(0) is None
