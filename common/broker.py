@@ -48,12 +48,14 @@ from common.schemas import (
 from common.settings import Settings
 
 T = TypeVar("T")
+
 FOREVER = math.inf
 CAPACITY_TTL_S = 2.0  # how long the number of workers a model has is taken as known
 REAP_BATCH = 100
 BELL_WAIT_S = 1.0  # an idle worker looks up this often; the bell has a longer socket time-out of its own
 BELL_POOL_SIZE = 2  # connections that block: the wait for the bell, or one subscription to ends and one to everything
 RECONCILE_GRACE_S = 5.0
+PAGE_READS = 20  # round trips that one page of tasks may cost
 
 
 class Broker:
@@ -117,11 +119,12 @@ class Broker:
     ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
         """Return a tenant's tasks, newest first, and where the next page begins (None at the end).
 
-        `before` is such a place, from an earlier page.
+        `before` is such a place, from an earlier page. A page may be short while there are more: a rare state is not
+        searched for without end in one call.
         """
         found: list[TaskSummary] = []
         chunk = max(limit, 50)
-        while True:
+        for _ in range(PAGE_READS):
             rows = self._tasks_before(tenant, before, chunk)
             for task_id, score, fields in rows:
                 before = (score, task_id)
@@ -132,6 +135,7 @@ class Broker:
                     return found, before
             if len(rows) < chunk:
                 return found, None
+        return found, before
 
     def _tasks_before(
         self, tenant: str, before: tuple[int, str] | None, count: int
@@ -167,9 +171,9 @@ class Broker:
             for oldest in replies[2::3]:
                 pipeline.hget(keys.TASK + (oldest or ""), "created_at")
             ages = pipeline.execute() if names else []
-            now = self._now_ms()
+            seconds, micros = self._redis.time()
             rows = zip(names, replies[0::3], replies[1::3], ages, strict=True)
-            return [depth for row in rows if (depth := queue_depth(*row, now))]
+            return [depth for row in rows if (depth := queue_depth(*row, seconds * 1000 + micros // 1000))]
 
         return self._patiently(read)
 
@@ -330,7 +334,7 @@ class Broker:
 
     def reconcile(self) -> list[str]:
         """Put back every open task that stands in no queue and no lease; return their ids."""
-        put_back: list[str] = self._run("reconcile", int(RECONCILE_GRACE_S * 1000), self._retention_ms)
+        put_back: list[str] = self._run("reconcile", int(RECONCILE_GRACE_S * 1000))
         return put_back
 
     # Below the surface
@@ -361,10 +365,6 @@ class Broker:
     ) -> T:
         patience = self._patience_s if patience_s is None else patience_s
         return patiently(call, patience_s=patience, timeout_s=self._timeout_s, give_up=give_up)
-
-    def _now_ms(self) -> int:
-        seconds, micros = self._redis.time()
-        return int(seconds) * 1000 + int(micros) // 1000
 
     def _eta(self, record: Mapping[str, str], position: int, pace: str) -> float | None:
         if TaskStatus(record["status"]).final:

@@ -139,6 +139,12 @@ def child_environment(settings: Settings, **extra: str) -> dict[str, str]:
     return {**os.environ, **settings.environment(), **extra}
 
 
+def granted_gpus() -> list[str] | None:
+    """Return the GPU indices that a scheduler or the operator granted by CUDA_VISIBLE_DEVICES; None: all of them."""
+    granted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if granted is None else [part.strip() for part in granted.split(",") if part.strip().isdecimal()]
+
+
 def mask_url(url: str) -> str:
     """Return the URL with its password, if any, replaced by ***."""
     scheme, separator, rest = url.partition("://")

@@ -15,6 +15,7 @@ from typing import IO, Any
 import structlog
 from pydantic_core import to_json
 
+from common.errors import ConfigurationError
 from common.settings import Settings
 
 ROTATE_BYTES = 100 * 1024 * 1024
@@ -110,10 +111,12 @@ def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Muta
 def _handler(log_dir: Path | None, role: str) -> logging.Handler:
     if log_dir is None:
         return logging.StreamHandler(sys.stderr)
-    log_dir.mkdir(parents=True, exist_ok=True)
-    return logging.handlers.RotatingFileHandler(
-        _free_slot(log_dir, role), maxBytes=ROTATE_BYTES, backupCount=ROTATE_KEEP, encoding="utf-8"
-    )
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        path = _free_slot(log_dir, role)
+    except OSError as error:
+        raise ConfigurationError(f"ZFLEET_LOG_DIR {log_dir}: {error.strerror or error}") from None
+    return logging.handlers.RotatingFileHandler(path, maxBytes=ROTATE_BYTES, backupCount=ROTATE_KEEP, encoding="utf-8")
 
 
 def _free_slot(log_dir: Path, role: str) -> Path:

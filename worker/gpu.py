@@ -10,6 +10,7 @@ import pynvml
 
 from common.errors import ConfigurationError
 from common.schemas import GpuReading
+from common.settings import granted_gpus
 
 T = TypeVar("T")
 
@@ -41,11 +42,14 @@ def count() -> int:
 def choose(devices: str) -> list[str]:
     """Return what `devices` (`all`, `cpu`, or indices as in `0,2`) means here: GPU indices, or `cpu`.
 
-    `all` falls back to the CPU where there is no GPU. Raises ConfigurationError for an index that is not there.
+    `all` keeps to what CUDA_VISIBLE_DEVICES grants, and falls back to the CPU where there is no GPU.
+
+    Raises ConfigurationError for an index that is not there.
     """
     there = count()
     if devices == "all":
-        return [str(index) for index in range(there)] or [CPU]
+        granted = granted_gpus()
+        return [str(i) for i in range(there) if granted is None or str(i) in granted] or [CPU]
     if devices == CPU:
         return [CPU]
     chosen = [part.strip() for part in devices.split(",")]

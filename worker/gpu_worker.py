@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 from redis import Redis, RedisError
@@ -98,6 +98,7 @@ class GpuWorker(SimpleWorker):
         try:
             self.residency.prewarm()
             self._loading = False
+            self.pulse.beat_soon()
             log.info("worker_ready", models=list(self.catalogue), capacity=self.engine.capacity)
             feeder.start()
             while not self._draining.is_set():
@@ -111,7 +112,9 @@ class GpuWorker(SimpleWorker):
         return 0
 
     def drain(self) -> None:
-        """Claim nothing more, finish or give back what is held, then stop. Safe from a signal handler."""
+        """Claim nothing more, finish or give back what is held, then stop. For a signal handler of the main thread."""
+        if self._loading:
+            raise SystemExit(0)  # nothing is held yet, and loading may take minutes
         self._draining.set()
         self.engine.hurry()
 
@@ -228,7 +231,7 @@ def main(name: str, device: str, settings: Settings, parent_pipe: int | None) ->
         return 1
     signal.signal(signal.SIGTERM, lambda *_: worker.drain())
     if parent_pipe is not None:
-        threading.Thread(target=_watch_parent, args=(parent_pipe, worker), name="parent", daemon=True).start()
+        threading.Thread(target=_watch_parent, args=(parent_pipe,), name="parent", daemon=True).start()
     try:
         return worker.run()
     except FleetError as error:
@@ -236,9 +239,9 @@ def main(name: str, device: str, settings: Settings, parent_pipe: int | None) ->
         return 2 if isinstance(error, ConfigurationError) else 1
 
 
-def _watch_parent(pipe: int, worker: Any) -> None:
+def _watch_parent(pipe: int) -> None:
     """Drain when the supervisor is gone: the read ends only when nobody holds the other end any more."""
     while os.read(pipe, 1):
         pass
     log.warning("supervisor_gone")
-    worker.drain()
+    os.kill(os.getpid(), signal.SIGTERM)

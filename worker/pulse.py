@@ -41,6 +41,7 @@ class Pulse:
         self._register = register
         self._wake = threading.Event()
         self._stopping = False
+        self._due = False
         self._reported: dict[Hold, int] = {}
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
@@ -53,6 +54,11 @@ class Pulse:
         """Say that some run has advanced; cheap."""
         if not self._wake.is_set():  # it is, most of the time, and setting it again costs a step
             self._wake.set()
+
+    def beat_soon(self) -> None:
+        """Say that the card has changed in a way that others wait for."""
+        self._due = True
+        self._wake.set()
 
     def stop(self) -> None:
         """End the thread; leases are no longer renewed."""
@@ -67,7 +73,8 @@ class Pulse:
             self._wake.clear()
             try:
                 self._report()
-                if time.monotonic() >= next_beat:
+                if self._due or time.monotonic() >= next_beat:
+                    self._due = False
                     next_beat = time.monotonic() + self._beat_s
                     self._beat()
             except RedisUnavailable:

@@ -60,8 +60,8 @@ class Supervisor:
         self._housekeeping = Housekeeping(settings)
         self._stopping = threading.Event()
         self._dead: list[str] = []  # workers whose runs are still to be taken back
-        # we may have come up together with a Redis that was away
-        self._next_reap = self._next_reconcile = time.monotonic() + settings.lease_s
+        self._away = True  # as we may have come up together with a Redis that was
+        self._next_reap = self._next_reconcile = 0.0
 
     def stop(self) -> None:
         """Ask for a drain; safe from a signal handler."""
@@ -127,6 +127,11 @@ class Supervisor:
     def _take_back(self) -> None:
         now = time.monotonic()
         try:
+            if self._away:
+                self._broker.probe()
+                self._away = False
+                # every lease may have run out meanwhile: let the living renew theirs before any is reaped
+                self._next_reap = self._next_reconcile = now + self.settings.lease_s
             while self._dead:
                 self._log(self._broker.reap(self._dead[0]))
                 self._dead.pop(0)
@@ -138,9 +143,9 @@ class Supervisor:
                 for task_id in self._broker.reconcile():
                     log.warning("task_put_back", task_id=task_id)
         except RedisUnavailable:
-            # Every lease has run out while Redis was away: let the living renew theirs before any is reaped.
-            log.warning("redis_away")
-            self._next_reap = self._next_reconcile = time.monotonic() + self.settings.lease_s
+            if not self._away:
+                log.warning("redis_away")
+            self._away = True
 
     def _log(self, reaped: list[Reaped]) -> None:
         for task_id, outcome, worker, request_id in reaped:

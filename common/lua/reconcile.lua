@@ -1,5 +1,5 @@
 -- Puts back every open task that stands in no queue and no lease, as after a lost tail of writes or `rq empty`.
--- ARGV: grace_ms (younger tasks are left alone), retention_ms
+-- ARGV: grace_ms (younger tasks are left alone)
 -- Returns the ids put back
 local now = now_ms()
 local standing, read = {}, {}

@@ -33,6 +33,7 @@ redis.call('ZADD', K.OPEN, now, id)
 local mine = K.TENANT_TASKS .. tenant
 redis.call('ZADD', mine, now, id)
 redis.call('ZREMRANGEBYSCORE', mine, 0, now - K.TOMBSTONE_FACTOR * retention_ms)
+redis.call('PEXPIRE', mine, K.TOMBSTONE_FACTOR * retention_ms)
 if idempotency ~= '' then
   redis.call('HSET', idempotency_key, 'id', id, 'body', body_hash)
   redis.call('EXPIRE', idempotency_key, K.IDEMPOTENCY_TTL_S)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from common.broker import FOREVER, Broker
 from common.connection import connect, patiently
 from common.errors import ConfigurationError, RedisUnavailable
 from common.settings import load_settings
-from tests.servers import RedisServer, free_port
+from tests.servers import RedisServer, Server, binary, free_port
 
 
 def failing(times: int, error: Exception) -> Callable[[], str]:
@@ -86,3 +87,37 @@ def test_a_password_in_a_wrong_url_is_not_shown() -> None:
     with pytest.raises(ConfigurationError) as caught:
         connect("http://user:hunter2@host", timeout_s=1)
     assert "hunter2" not in caught.value.message
+
+
+def test_redis_over_tls(tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=test",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    port = free_port()
+    command = [
+        binary("redis-server"), "--port", "0", "--tls-port", str(port), "--bind", "127.0.0.1", "--save", "",
+        "--tls-cert-file", str(cert), "--tls-key-file", str(key), "--tls-ca-cert-file", str(cert),
+        "--tls-auth-clients", "no", "--dir", str(tmp_path),
+    ]  # fmt: skip
+    with Server(command, log=tmp_path / "log"):
+        url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={cert}"
+        Broker(load_settings({"redis_url": url}), patience_s=10.0).probe()
+        with pytest.raises(RedisUnavailable):  # a certificate that nobody vouches for
+            Broker(load_settings({"redis_url": f"rediss://127.0.0.1:{port}/0"})).probe()
+
+
+def test_redis_found_through_sentinel(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with RedisServer(tmp_path / "data") as primary:
+        port = free_port()
+        conf = tmp_path / "sentinel.conf"
+        conf.write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor mymaster 127.0.0.1 {primary.port} 1\n"
+        )
+        with Server([binary("redis-server"), str(conf), "--sentinel"], log=tmp_path / "log"):
+            url = f"redis+sentinel://127.0.0.1:{port},127.0.0.1:{free_port()}/mymaster/0"
+            Broker(load_settings({"redis_url": url}), patience_s=15.0).probe()
+            assert primary.client.keys("zf:*")

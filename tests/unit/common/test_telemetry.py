@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import telemetry
+from common.errors import ConfigurationError
 from common.settings import load_settings
 
 LOG_TWICE = """
@@ -70,3 +71,10 @@ def test_without_a_folder_logs_go_to_stderr(capsys: pytest.CaptureFixture[str]) 
         root.handlers[:] = before
         root.setLevel(level)
     assert json.loads(capsys.readouterr().err)["event"] == "seen"
+
+
+def test_a_folder_that_cannot_be_written_names_its_setting(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    with pytest.raises(ConfigurationError, match="ZFLEET_LOG_DIR"):
+        telemetry._handler(in_the_way / "logs", "test")

@@ -54,6 +54,13 @@ def test_devices_are_chosen_by_index(two_gpus: None) -> None:
     assert gpu.choose("cpu") == ["cpu"]
 
 
+def test_all_keeps_to_what_was_granted(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpu.choose("all") == ["1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.choose("all") == ["cpu"]
+
+
 @pytest.mark.parametrize("devices", ["2", "0,7", "cuda", "-1", "", "0,,1"])
 def test_a_device_that_is_not_there_is_refused(two_gpus: None, devices: str) -> None:
     with pytest.raises(ConfigurationError, match="not a GPU of this machine, which has 2"):

@@ -76,6 +76,7 @@ def test_a_dead_childs_runs_are_taken_back_even_if_redis_was_away(
     def away(_worker: str = "") -> list[object]:
         raise RedisUnavailable("away")
 
+    watcher._take_back()
     monkeypatch.setattr(watcher._broker, "reap", away)
     watcher._watch(slot)
     broker.claim(slot.name, "cpu", ["simulated"], 1)
@@ -88,21 +89,28 @@ def test_a_dead_childs_runs_are_taken_back_even_if_redis_was_away(
     assert (broker.queues()[0].running, broker.queues()[0].queued) == (0, 1)
 
 
-def test_after_an_outage_leases_get_time_to_be_renewed(watcher: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_outage_leases_get_a_term_to_be_renewed(watcher: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    monkeypatch.setattr(watcher._broker, "reap", lambda worker="": calls.append(worker) or [])
+    away = [False, True, True, False, False]  # Redis, at each tick
 
-    def reap(worker: str = "") -> list[object]:
-        calls.append(worker)
-        raise RedisUnavailable("away")
+    def probe() -> None:
+        if away[0]:
+            raise RedisUnavailable("away")
 
-    monkeypatch.setattr(watcher._broker, "reap", reap)
-    watcher._take_back()
-    assert calls == [], "a supervisor that has just come up gives leases a term"
-    watcher._next_reap = 0.0
-    for _ in range(3):
+    monkeypatch.setattr(watcher._broker, "probe", probe)
+    seen = []
+    for is_away in away:
+        away[0] = is_away
+        if is_away:
+            watcher._away = True  # as any call that fails sets it
         watcher._take_back()
+        seen.append((watcher._away, watcher._next_reap > time.monotonic() + watcher.settings.lease_s - 1))
+    assert seen == [(False, True), (True, True), (True, True), (False, True), (False, True)]
+    assert calls == []
+    watcher._next_reap = 0.0
+    watcher._take_back()
     assert calls == [""]
-    assert watcher._next_reap > time.monotonic() + watcher.settings.lease_s - 1
 
 
 @pytest.mark.parametrize("changes", [{"models": ("nope",)}, {"devices": "9"}, {"storage": "tape"}])
