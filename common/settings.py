@@ -21,7 +21,9 @@ Names = Annotated[tuple[str, ...], NoDecode]
 class Settings(BaseSettings):
     """One process's settings. Durations say their unit in the name; sizes are in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore", protected_namespaces=()
+    )
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss://, unix:// or redis+sentinel://")
     redis_timeout_s: float = Field(1.0, gt=0, description="one Redis command may take this long")
@@ -126,7 +128,7 @@ def sources(settings: Settings, flags: Mapping[str, Any] | None = None) -> list[
         variable = PREFIX + name.upper()
         flagged = (flags or {}).get(name) is not None
         source: Literal["default", "environment", "flag"] = (
-            "flag" if flagged else "environment" if variable in os.environ else "default"
+            "flag" if flagged else "environment" if os.environ.get(variable) else "default"
         )
         value = getattr(settings, name)
         text = mask_url(value) if name in ("redis_url", "url") else "" if value is None else _as_text(value)

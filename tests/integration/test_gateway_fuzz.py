@@ -99,7 +99,7 @@ def test_any_broken_json(client: FlaskClient, broker: Broker, body: Any, cut: in
 )
 def test_any_path_and_query(client: FlaskClient, path: str, part: str, query: dict[str, str]) -> None:
     answer = client.get(path.format(quote(part)), query_string=query)
-    assert answer.status_code < 500
+    assert answer.status_code < 500 or answer.request.path == "/ready"  # there is no worker, and it says so
     if answer.status_code >= 400:
         assert Problem.model_validate_json(answer.data).status == answer.status_code
 

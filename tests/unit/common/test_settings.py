@@ -61,3 +61,10 @@ def test_every_setting_has_a_description_or_speaks_for_itself() -> None:
     assert {name for name, field in Settings.model_fields.items() if not field.description} <= {
         "port", "log_level", "body_limit_bytes", "simulated_load_ms",
     }  # fmt: skip
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZFLEET_DATA_DIR", "")
+    monkeypatch.setenv("ZFLEET_PORT", "")
+    assert load_settings() == Settings()
+    assert load_settings().data_dir == Path("~/.zfleet").expanduser()
