@@ -85,7 +85,7 @@ class Broker:
         request = task.request
         queue = keys.queue_name(request.model, request.priority, task.tenant)
         idempotency = hashlib.sha256(task.idempotency_key.encode()).hexdigest() if task.idempotency_key else ""
-        deadline_ms = int(request.deadline_s * 1000) if request.deadline_s else 0
+        deadline_ms = math.ceil(request.deadline_s * 1000) if request.deadline_s else 0
         job = json.dumps(["zfleet.task", None, [task.task_id], {}])
         reply = self._run(
             "submit", task.task_id, task.tenant, request.model, request.priority, queue, self._settings.queue_cap,

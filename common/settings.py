@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from common.errors import ConfigurationError
@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     gateway_connections: int = Field(10_000, ge=1, description="open connections one gunicorn process holds")
     body_limit_bytes: int = Field(100 * 1024 * 1024, ge=1024)
     queue_cap: int = Field(10_000, ge=1, description="tasks one queue holds before submits are refused")
-    retention_days: float = Field(7.0, gt=0, description="results are kept this long")
+    retention_days: float = Field(7.0, gt=0, le=3650, description="results are kept this long")
 
     devices: str = Field("all", description="GPUs by index (0,1), `all`, or `cpu`")
     workers_per_device: int = Field(1, ge=1, description="more than one only makes sense for the simulated model")
@@ -68,6 +68,14 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("beat_s")
+    @classmethod
+    def _beats_fit_into_a_lease(cls, beat_s: float, info: ValidationInfo) -> float:
+        lease_s = info.data.get("lease_s", beat_s * 2)
+        if not beat_s * 2 <= lease_s:
+            raise ValueError(f"must be at most half of ZFLEET_LEASE_S ({lease_s:g})")
+        return beat_s
 
     @field_validator("data_dir", "models_dir", "log_dir", "models_file")
     @classmethod

@@ -18,6 +18,7 @@ from gateway import fields, problems
 
 JSON = "application/json"
 NO_STORE = {"Cache-Control": "no-store"}
+JSON_LIMIT_BYTES = 1 << 20  # twice the largest request there is, escapes and all; more would only hold up others
 
 
 class Query(BaseModel):
@@ -89,6 +90,7 @@ def read_body(model: type[fields.M]) -> fields.M:
     said = request.environ.get("CONTENT_TYPE", "")
     if said and said != JSON and not request.is_json:
         raise UnsupportedMediaType("the body must be JSON; send the header Content-Type: application/json")
+    request.max_content_length = min(request.max_content_length or JSON_LIMIT_BYTES, JSON_LIMIT_BYTES)
     try:
         raw = request.get_data(cache=False)
     except HTTPException:

@@ -13,6 +13,7 @@ from common.errors import FieldError, InvalidRequest, MalformedBody
 M = TypeVar("M", bound=BaseModel)
 
 MAX_ERRORS = 32  # an answer names no more than this
+TOO_MANY_ERRORS = 1000
 MAX_LOC_CHARS = 100  # an unknown field's name is the client's own text
 SECOND_LOOK_BYTES = 1_000_000  # larger bodies are not parsed again for the sake of a better message
 
@@ -39,9 +40,10 @@ def read_json(model: type[M], raw: bytes) -> M:
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "json_invalid":
-            return _second_look(model, raw, str(first["ctx"]["error"]))
+        if error.error_count() == 1:
+            (first,) = error.errors(include_url=False, include_input=False)
+            if first["type"] == "json_invalid":
+                return _second_look(model, raw, str(first["ctx"]["error"]))
         raise explain(error, model) from None
 
 
@@ -55,6 +57,8 @@ def read(model: type[M], values: Mapping[str, Any]) -> M:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """Return the error to answer with; what the client sent is in it by name only, never by value."""
+    if error.error_count() > TOO_MANY_ERRORS:  # to list them would take longer than to read them
+        raise malformed(f"the body has {error.error_count()} wrong or unknown fields; see /docs for those there are")
     found = []
     for one in error.errors(include_url=False, include_input=False)[:MAX_ERRORS]:
         if not one["loc"] and one["type"] in ("model_type", "dict_type"):

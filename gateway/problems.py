@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from flask import Blueprint, Flask, Response, current_app
+from flask import Blueprint, Flask, Response, request
 from flask_openapi3.types import ResponseDict
 from werkzeug.exceptions import HTTPException
 
@@ -145,7 +145,7 @@ def _foreseen(error: FleetError, kind: Kind) -> Answer:
 
 def _from_http(error: HTTPException, status: int) -> Answer:
     code, message = HTTP_CODES.get(status, (error.name.lower().replace(" ", "_"), ""))
-    detail = message.format(limit=current_app.config["MAX_CONTENT_LENGTH"]) or error.description or error.name
+    detail = message.format(limit=request.max_content_length) or error.description or error.name
     headers = {name: value for name, value in error.get_headers() if name in ("Allow", "Retry-After", "Content-Range")}
     return Answer(_problem(Kind(status, error.name), code, detail), headers)
 

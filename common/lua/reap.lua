@@ -27,7 +27,7 @@ for _, id in ipairs(ids) do
       settle(id, r[3], 'canceled', '', now, retention_ms)
       note(id, 'canceled', r[8], r[9])
     elseif crashes >= crash_limit then
-      local error = {code = 'worker_crashed', message = 'its worker died ' .. crashes .. ' times while running it',
+      local error = {code = 'worker_crashed', message = 'its worker died or fell silent ' .. crashes .. ' times while running it',
         retryable = false}
       settle(id, r[3], 'failed', cjson.encode(error), now, retention_ms)
       note(id, 'quarantined', r[8], r[9])

@@ -340,7 +340,7 @@ def test_sixteen_reapers_requeue_once(broker: Broker, submit: SubmitFn) -> None:
 
 
 def test_a_deadline_that_passes_in_the_queue_expires_the_task(broker: Broker, submit: SubmitFn) -> None:
-    task_id = submit(deadline_s=0.05)
+    task_id = submit(deadline_s=0.0001)
     threading.Event().wait(0.1)
     assert not broker.claim("w1", "cpu", ["simulated"], 1).tasks
     record = broker.view(task_id)

@@ -18,14 +18,21 @@ def test_flags_go_before_the_environment_and_that_before_the_default(monkeypatch
 
 
 def test_a_child_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    settings = load_settings({"models": ("pico", "simulated"), "data_dir": tmp_path / "a b", "lease_s": 1.5})
+    settings = load_settings({"models": ("pico", "simulated"), "data_dir": tmp_path / "a b", "lease_s": 7.5})
     for name, value in child_environment(settings).items():
         monkeypatch.setenv(name, value)
     assert load_settings() == settings
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("ZFLEET_PORT", "http"), ("ZFLEET_LEASE_S", "-1"), ("ZFLEET_LOG_LEVEL", "loud")]
+    ("variable", "value"),
+    [
+        ("ZFLEET_PORT", "http"),
+        ("ZFLEET_LEASE_S", "-1"),
+        ("ZFLEET_LOG_LEVEL", "loud"),
+        ("ZFLEET_RETENTION_DAYS", "1e99"),
+        ("ZFLEET_BEAT_S", "8"),
+    ],
 )
 def test_a_wrong_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)

@@ -131,3 +131,9 @@ def test_values_are_read_as_json_is() -> None:
         "flag": "is not valid",
         "many": "must be an array",
     }
+
+
+def test_a_body_of_nothing_but_wrong_fields_is_refused_without_listing_them() -> None:
+    raw = b"{" + b",".join(b'"%d":1' % i for i in range(50_000)) + b"}"
+    with pytest.raises(MalformedBody, match="50001 wrong or unknown fields"):
+        fields.read_json(GenerateRequest, raw)

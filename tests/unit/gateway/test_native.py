@@ -114,6 +114,13 @@ def test_a_long_prompt_in_any_language_is_taken(client: FlaskClient, broker: Bro
     assert record is not None and record.request.prompt == prompt[:16_000]
 
 
+def test_a_json_body_has_a_limit_of_its_own_below_the_bodys(client: FlaskClient, broker: Broker) -> None:
+    answer = client.post("/api/submit", data=b" " * (1 << 20) + b"{}", content_type="application/json")
+    assert code(answer) == (413, "body_too_large")
+    assert str(1 << 20) in answer.json["detail"]  # type: ignore[index]
+    assert broker.pending() == 0
+
+
 def test_a_body_over_the_limit_is_told_the_limit(client: FlaskClient, broker: Broker) -> None:
     client.application.config["MAX_CONTENT_LENGTH"] = 2_000
     answer = client.post("/api/submit", json={"prompt": "x" * 3_000})
