@@ -18,7 +18,7 @@ override export MODEL := $(value MODEL)
 override export WORKERS := $(value WORKERS)
 override export TESTS := $(value TESTS)
 
-demo up: export ZFLEET_DATA_DIR ?= .zfleet
+up: export ZFLEET_DATA_DIR ?= .zfleet
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from pathlib import Path
 
 from common import storage
 from common.settings import Settings
@@ -22,7 +21,7 @@ def cost_ms(settings: Settings, pictures: int) -> float:
     At a worker's pace, one every `simulated_image_ms`: a processor that has been elsewhere meanwhile takes longer for
     the same work than in a tight loop.
     """
-    pipeline = Pipeline(settings.catalogue()["simulated"], device="cpu", cache_dir=Path())
+    pipeline = Pipeline(settings.catalogue()["simulated"], device="cpu")
     store = storage.open_storage(settings)
     request = ImageRequest(prompt="", width=SIDE, height=SIDE, steps=STEPS, guidance_scale=0.0, seed=1)
 

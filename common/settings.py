@@ -31,10 +31,7 @@ class Settings(BaseSettings):
     url: str = Field("http://127.0.0.1:8080", description="where the CLI and the Python client find the gateway")
     host: str = Field("127.0.0.1", description="the gateway listens here")
     port: int = Field(8080, ge=0, le=65535)
-    data_dir: Path = Field(Path("~/.zfleet"), description="results, the embedded Redis, models built or fetched")
-    models_dir: Path | None = Field(
-        None, description="models built or fetched; `models` in the data directory when unset"
-    )
+    data_dir: Path = Field(Path("~/.zfleet"), description="results and the embedded Redis")
     log_dir: Path | None = Field(None, description="JSON log files, rotated; stderr when unset")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -77,7 +74,7 @@ class Settings(BaseSettings):
             raise ValueError(f"must be at most half of ZFLEET_LEASE_S ({lease_s:g})")
         return beat_s
 
-    @field_validator("data_dir", "models_dir", "log_dir", "models_file")
+    @field_validator("data_dir", "log_dir", "models_file")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path else None
@@ -86,11 +83,6 @@ class Settings(BaseSettings):
     def results_dir(self) -> Path:
         """Where local storage keeps pictures."""
         return self.data_dir / "results"
-
-    @property
-    def cache_dir(self) -> Path:
-        """Where models that are built on first use are kept."""
-        return self.models_dir or self.data_dir / "models"
 
     def catalogue(self) -> Catalogue:
         """Return the models this process serves; raises ConfigurationError for one nobody defined."""

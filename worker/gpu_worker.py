@@ -59,9 +59,7 @@ class GpuWorker(SimpleWorker):
         super().__init__(queues, name=name, connection=connection, serializer=JSONSerializer)
         self.worker_ttl = int(settings.lease_s)
         self.broker = Broker(settings)
-        self.residency = Residency(
-            self.catalogue, device="cpu" if device == gpu.CPU else "cuda", cache_dir=settings.cache_dir
-        )
+        self.residency = Residency(self.catalogue, device="cpu" if device == gpu.CPU else "cuda")
         self.engine = Engine(
             pipeline=self.residency.pipeline,
             batch_limits={name: settings.max_batch or spec.max_batch for name, spec in self.catalogue.items()},

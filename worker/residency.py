@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from common import registry
 from common.errors import FleetError, ModelLoadFailed
@@ -19,10 +18,9 @@ log = get_logger()
 class Residency:
     """Hands out the pipeline of a model. Only the engine's thread calls `pipeline`."""
 
-    def __init__(self, catalogue: Catalogue, *, device: str, cache_dir: Path) -> None:
+    def __init__(self, catalogue: Catalogue, *, device: str) -> None:
         self._catalogue = catalogue
         self._device = device
-        self._cache_dir = cache_dir
         self._pipelines: dict[str, BasePipeline] = {}
 
     @property
@@ -45,7 +43,7 @@ class Residency:
         spec = self._catalogue[model]
         began = time.perf_counter()
         module = registry.load(pipelines, spec.pipeline)
-        pipeline: BasePipeline = module.Pipeline(spec, device=self._device, cache_dir=self._cache_dir)
+        pipeline: BasePipeline = module.Pipeline(spec, device=self._device)
         try:
             pipeline.load()
             pipeline.warm()

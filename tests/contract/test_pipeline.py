@@ -30,10 +30,8 @@ def built_in(name: str) -> ModelSpec:
 
 
 @pytest.fixture(scope="module", params=discover(worker.pipelines))
-def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BasePipeline]:
-    made: BasePipeline = load(worker.pipelines, request.param).Pipeline(
-        built_in(request.param), device="cpu", cache_dir=tmp_path_factory.mktemp("cache")
-    )
+def pipeline(request: pytest.FixtureRequest) -> Iterator[BasePipeline]:
+    made: BasePipeline = load(worker.pipelines, request.param).Pipeline(built_in(request.param), device="cpu")
     made.load()
     yield made
     made.release_memory()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,15 @@ BFLOAT16 = 0.04  # mean difference: on a CPU up to 0.021, with guidance; another
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def load(cache: Path, device: str, dtype: str = "float32") -> Pipeline:
-    made = Pipeline(ModelSpec.model_validate(PICO.model_dump() | {"dtype": dtype}), device=device, cache_dir=cache)
+def load(device: str, dtype: str = "float32") -> Pipeline:
+    made = Pipeline(ModelSpec.model_validate(PICO.model_dump() | {"dtype": dtype}), device=device)
     made.load()
     return made
 
 
 @pytest.fixture(scope="module")
-def pipeline(cache: Path) -> Iterator[Pipeline]:
-    made = load(cache, "cuda")
+def pipeline() -> Iterator[Pipeline]:
+    made = load("cuda")
     yield made
     made.release_memory()
 
@@ -71,8 +65,8 @@ def batched(pipeline: Pipeline, asked: list[ImageRequest]) -> list[NDArray[np.fl
     return [pipeline.decode(run).cpu().numpy() for run in runs]
 
 
-def reference(cache: Path, asked: list[ImageRequest], dtype: torch.dtype) -> list[NDArray[np.float32]]:
-    stock: Any = ZImagePipeline.from_pretrained(pico.folder(cache), dtype=dtype, local_files_only=True).to("cuda")
+def reference(asked: list[ImageRequest], dtype: torch.dtype) -> list[NDArray[np.float32]]:
+    stock: Any = ZImagePipeline.from_pretrained(pico.FOLDER, dtype=dtype, local_files_only=True).to("cuda")
     stock.set_progress_bar_config(disable=True)
     return [
         stock(
@@ -91,24 +85,24 @@ def reference(cache: Path, asked: list[ImageRequest], dtype: torch.dtype) -> lis
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_batch_in_float32_equals_the_stock_calls(pipeline: Pipeline, cache: Path, seed: int) -> None:
+def test_a_batch_in_float32_equals_the_stock_calls(pipeline: Pipeline, seed: int) -> None:
     asked = requests(seed)
-    for mine, theirs in zip(batched(pipeline, asked), reference(cache, asked, torch.float32), strict=True):
+    for mine, theirs in zip(batched(pipeline, asked), reference(asked, torch.float32), strict=True):
         assert np.abs(mine - theirs).max() <= FLOAT32
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_batch_in_bfloat16_is_close_to_the_stock_calls(cache: Path, seed: int) -> None:
+def test_a_batch_in_bfloat16_is_close_to_the_stock_calls(seed: int) -> None:
     asked = requests(seed)
-    pipeline = load(cache, "cuda", "bfloat16")
+    pipeline = load("cuda", "bfloat16")
     assert pipeline._parts.transformer.dtype is torch.bfloat16
-    for mine, theirs in zip(batched(pipeline, asked), reference(cache, asked, torch.bfloat16), strict=True):
+    for mine, theirs in zip(batched(pipeline, asked), reference(asked, torch.bfloat16), strict=True):
         assert np.abs(mine - theirs).mean() <= BFLOAT16
 
 
-def test_a_seed_means_the_same_picture_on_a_cpu(pipeline: Pipeline, cache: Path) -> None:
+def test_a_seed_means_the_same_picture_on_a_cpu(pipeline: Pipeline) -> None:
     asked = requests(9)
-    for here, there in zip(batched(pipeline, asked), batched(load(cache, "cpu"), asked), strict=True):
+    for here, there in zip(batched(pipeline, asked), batched(load("cpu"), asked), strict=True):
         assert np.abs(here - there).max() <= 5 * FLOAT32
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,8 +23,11 @@ from common.settings import Settings
 from tests.fleet import ready_workers
 from tests.integration.nginx_edge import nginx
 from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
+from worker.pico import captions
+from worker.pico.judge import judge
 
 LIMIT = 128  # tokens that pico reads
+SAMPLE = 24  # prompts of the evaluation
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,27 @@ def test_many_sizes_and_lengths_at_once_each_get_their_own(fleet: Fleet) -> None
         assert (view["progress"]["step"], view["images"][0]["seed"]) == (steps, seed)
         picture = fleet.get(view["images"][0]["url"])
         assert Image.open(io.BytesIO(picture.content)).size == (width, height)
+
+
+@pytest.mark.xfail(reason="pico's training is not finished: see worker/pico/README.md", strict=False)
+def test_every_picture_of_a_mixed_batch_shows_its_own_prompt(fleet: Fleet) -> None:
+    """A fixed sample of the evaluation in many sizes: whatever pico paints, it is nobody else's picture."""
+    sizes = [(128, 128), (96, 128), (128, 96), (112, 112), (160, 128), (128, 192)]
+    asked = {}
+    for seed, prompt in enumerate(captions.held_out(SAMPLE)[::2] + captions.held_out(SAMPLE, seed=1)[1::2]):
+        width, height = sizes[seed % len(sizes)]
+        body = {"prompt": prompt.text, "width": width, "height": height, "seed": seed, "format": "png"}
+        asked[fleet.post("/api/submit", body).json()["task_id"]] = prompt.scene
+    views = {task_id: fleet.finished(task_id) for task_id in asked}
+    assert {view["status"] for view in views.values()} == {"succeeded"}
+    for task_id, scene in asked.items():
+        picture = fleet.pixels(views[task_id]["images"][0]).astype(np.uint8)
+        assert judge(picture, scene).matches, scene
+        passes_for = [other for other in asked.values() if judge(picture, other).matches]
+        assert passes_for == [scene], "the sample's scenes can be told apart, so a mix-up would be seen"
+    spans = sorted((view["started_at"], view["finished_at"]) for view in views.values())
+    together = sum(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))
+    assert together >= SAMPLE / 2, "they were held by the worker at the same time"
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
 from tests.integration.zfleet_command import ROOT, UP_WITHIN_S, Up, assert_gone, environment, zfleet
 from tests.servers import RedisServer, eventually
+from worker.pico.judge import judge
+from worker.pico.scenes import Scene, Thing
 
+PAIR = Scene((Thing("square", "red", place="left"), Thing("circle", "green", place="right")), "grey")
 PARTS = 4  # guardian, Redis, gateway, worker: what a stack starts itself
 
 
@@ -207,7 +211,12 @@ def test_it_works_from_a_path_with_a_space_and_beside_folders_of_the_same_names(
     assert Image.open(users / "new" / "x.png").format == "PNG"
 
 
-def test_the_demo_paints_with_pico_and_stops_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "scene"),
+    [("左边红色方形,右边绿色圆形,灰色背景", PAIR), ('它说 "hi" & $HOME', None)],
+    ids=["scene", "quotes"],
+)
+def test_the_demo_paints_with_pico_and_stops_everything(tmp_path: Path, prompt: str, scene: Scene | None) -> None:
     env = environment(data_dir=tmp_path / "data") | {"TMPDIR": str(tmp_path)}
     command = [
         sys.executable,
@@ -215,7 +224,7 @@ def test_the_demo_paints_with_pico_and_stops_everything(tmp_path: Path) -> None:
         "zfleet",
         "demo",
         "--prompt",
-        '它说 "hi" & $HOME',
+        prompt,
         "--out",
         str(tmp_path / "x.webp"),
     ]
@@ -234,4 +243,6 @@ def test_the_demo_paints_with_pico_and_stops_everything(tmp_path: Path) -> None:
     assert len(family) >= PARTS + 2
     assert_gone(list(family), within_s=0)
     assert not list(tmp_path.glob("zfleet-demo-*")), "its folder is gone"
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["models"], "pico is kept for the next time"
+    assert not (tmp_path / "data").exists(), "pico ships with the package: nothing to keep"
+    if scene:
+        assert judge(np.asarray(picture.convert("RGB")), scene).background

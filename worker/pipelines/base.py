@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,11 +50,10 @@ class BasePipeline(abc.ABC):
     made; the engine then ends the runs concerned and goes on with the others.
     """
 
-    def __init__(self, spec: ModelSpec, *, device: str, cache_dir: Path) -> None:
-        """`device` is "cpu" or "cuda"; `cache_dir` may hold files the pipeline builds once."""
+    def __init__(self, spec: ModelSpec, *, device: str) -> None:
+        """`device` is "cpu" or "cuda"."""
         self.spec = spec
         self.device = device
-        self.cache_dir = cache_dir
 
     @abc.abstractmethod
     def load(self) -> None:

@@ -154,7 +154,7 @@ class Pipeline(BasePipeline):
         """Return where the weights are and whether that is a folder here, for which the hub is never asked."""
         source = self.spec.source
         if source == "builtin":
-            return str(pico.folder(self.cache_dir)), True
+            return str(pico.FOLDER), True
         path = Path(source).expanduser()
         if path.is_dir():
             return str(path), True
@@ -191,7 +191,7 @@ class Pipeline(BasePipeline):
 
     def _load_remedy(self, error: Exception) -> str:
         if self.spec.source == "builtin":
-            remedy = f"check that {self.cache_dir} can be written, or remove the pico folder in it"
+            remedy = f"install zfleet again: {pico.FOLDER} is damaged"
         else:
             remedy = (
                 "the source must be a folder or hub id of a Z-Image checkpoint, diffusers format with safetensors; "

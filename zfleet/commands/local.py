@@ -74,11 +74,10 @@ def demo(prompt: str, out: Path, model: str) -> None:
     began = time.monotonic()
     image_format = _require_target(out)
     lines = Lines()
-    models_dir = load_settings().cache_dir  # what was built or fetched once serves every demo
     folder = tempfile.mkdtemp(prefix="zfleet-demo-")
     plain = {"storage": "local", "x_accel": "", "dialects": "native"}  # whatever this machine's fleet is set to
     try:
-        settings = load_settings({"models": model, "data_dir": folder, "models_dir": models_dir, **plain})
+        settings = load_settings({"models": model, "data_dir": folder, **plain})
         with Interrupts() as interrupts:
             _paint(settings, lines, interrupts, prompt, out, image_format)
     except StackFailed:

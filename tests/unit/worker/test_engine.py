@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ class Recorder(BasePipeline):
     """A pipeline that notes each batch and breaks on a prompt that says so."""
 
     def __init__(self) -> None:
-        super().__init__(SPEC, device="cpu", cache_dir=Path())
+        super().__init__(SPEC, device="cpu")
         self.batches: list[list[int]] = []
         self.alive: set[int] = set()
 

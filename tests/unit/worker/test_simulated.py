@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ class Clock:
 
 def make(image_ms: float = 80.0, load_ms: float = 0.0) -> Pipeline:
     spec = SPEC.model_copy(update={"options": {"image_ms": image_ms, "load_ms": load_ms}})
-    return Pipeline(spec, device="cpu", cache_dir=Path())
+    return Pipeline(spec, device="cpu")
 
 
 def start(pipeline: Pipeline, *, steps: int = 8, seed: int = 1, width: int = 64, height: int = 64) -> Run:
@@ -108,7 +107,7 @@ def test_loading_takes_load_ms(clock: Clock) -> None:
 
 
 def test_options_fall_back_to_their_defaults(clock: Clock) -> None:
-    pipeline = Pipeline(SPEC.model_copy(update={"options": {}}), device="cpu", cache_dir=Path())
+    pipeline = Pipeline(SPEC.model_copy(update={"options": {}}), device="cpu")
     began = clock.now
     pipeline.load()
     finish(pipeline, start(pipeline))

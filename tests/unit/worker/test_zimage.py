@@ -48,20 +48,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def pipeline(cache: Path) -> Pipeline:
-    made = Pipeline(PICO, device="cpu", cache_dir=cache)
+def pipeline() -> Pipeline:
+    made = Pipeline(PICO, device="cpu")
     made.load()
     return made
 
 
 @pytest.fixture(scope="module")
-def stock(cache: Path) -> Any:
-    made = ZImagePipeline.from_pretrained(pico.folder(cache), local_files_only=True)
+def stock() -> Any:
+    made = ZImagePipeline.from_pretrained(pico.FOLDER, local_files_only=True, dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -251,27 +246,23 @@ def test_values_that_are_not_numbers_fail_the_picture(pipeline: Pipeline) -> Non
         pipeline.finish(run)
 
 
-def loader(cache_dir: Path, *, device: str = "cpu", **changes: Any) -> Pipeline:
-    return Pipeline(ModelSpec.model_validate(PICO.model_dump() | changes), device=device, cache_dir=cache_dir)
+def loader(*, device: str = "cpu", **changes: Any) -> Pipeline:
+    return Pipeline(ModelSpec.model_validate(PICO.model_dump() | changes), device=device)
 
 
-def test_a_local_folder_is_loaded_without_the_network(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_folder_is_loaded_without_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object) -> None:
         raise AssertionError("a local folder must not touch the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    for source, folder in (("builtin", cache), (str(pico.folder(cache)), tmp_path)):
-        fresh = loader(folder, source=source)
+    for source in ("builtin", str(pico.FOLDER)):
+        fresh = loader(source=source)
         fresh.load()
         assert fresh.start(ask()).step == 0
 
 
-def test_a_hub_id_is_asked_for_at_its_revision_and_in_safetensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_is_asked_for_at_its_revision_and_in_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def refuse(source: str, **options: Any) -> None:
@@ -280,7 +271,7 @@ def test_a_hub_id_is_asked_for_at_its_revision_and_in_safetensors(
 
     monkeypatch.setattr(ZImagePipeline, "from_pretrained", refuse)
     with pytest.raises(ModelLoadFailed, match=r"couldn't connect.*HF_TOKEN"):
-        loader(tmp_path, source="Some-Org/Some-Image", revision="abc123", device="cuda", dtype="bfloat16").load()
+        loader(source="Some-Org/Some-Image", revision="abc123", device="cuda", dtype="bfloat16").load()
     assert asked["source"] == "Some-Org/Some-Image"
     assert asked["revision"] == "abc123"
     assert asked["use_safetensors"] is True
@@ -289,53 +280,52 @@ def test_a_hub_id_is_asked_for_at_its_revision_and_in_safetensors(
 
 
 @pytest.mark.parametrize("source", ["./missing", "/no/such/folder", "~/no-such-folder"])
-def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path: Path, source: str) -> None:
+def test_a_missing_folder_is_not_looked_for_on_the_hub(source: str) -> None:
     with pytest.raises(ModelLoadFailed, match="there is no folder"):
-        loader(tmp_path, source=source).load()
+        loader(source=source).load()
 
 
 def test_an_empty_folder_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadFailed, match="folder or hub id of a Z-Image checkpoint"):
-        loader(tmp_path, source=str(tmp_path)).load()
+        loader(source=str(tmp_path)).load()
 
 
-def test_pickled_weights_are_not_loaded(cache: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(pico.folder(cache), tmp_path / "copy")
+def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
+    folder = shutil.copytree(pico.FOLDER, tmp_path / "copy")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(ModelLoadFailed, match="safetensors"):
-        loader(tmp_path, source=str(folder)).load()
+        loader(source=str(folder)).load()
 
 
-def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("in the way")
-    with pytest.raises(ModelLoadFailed, match="can be written"):
-        loader(blocked).load()
+def test_a_damaged_pico_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pico, "FOLDER", tmp_path)
+    with pytest.raises(ModelLoadFailed, match="install zfleet again"):
+        loader().load()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "nn"])
 def test_a_dtype_that_is_none_is_refused(tmp_path: Path, dtype: str) -> None:
     with pytest.raises(ModelLoadFailed, match="use bfloat16, float16 or float32"):
-        loader(tmp_path, source=str(tmp_path), device="cuda", dtype=dtype).load()
+        loader(source=str(tmp_path), device="cuda", dtype=dtype).load()
 
 
-def test_limits_past_the_position_tables_are_refused(cache: Path) -> None:
+def test_limits_past_the_position_tables_are_refused() -> None:
     with pytest.raises(ModelLoadFailed, match="max_side must be at most 2048"):
-        loader(cache, max_side=4096).load()
+        loader(max_side=4096).load()
     with pytest.raises(ModelLoadFailed, match="max_tokens must be at most 992"):
-        loader(cache, max_tokens=1024).load()
+        loader(max_tokens=1024).load()
 
 
-def test_another_scheduler_is_refused(cache: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(pico.folder(cache), tmp_path / "copy")
+def test_another_scheduler_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(pico.FOLDER, tmp_path / "copy")
     for scheduler in (DDIMScheduler(), FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)):
         checkpoint = ZImagePipeline.from_pretrained(folder, local_files_only=True)
         checkpoint.register_modules(scheduler=scheduler)
         checkpoint.save_pretrained(folder)
         with pytest.raises(ModelLoadFailed, match="FlowMatchEulerDiscreteScheduler"):
-            loader(tmp_path, source=str(folder)).load()
+            loader(source=str(folder)).load()
 
 
 def test_too_little_memory_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,4 +334,4 @@ def test_too_little_memory_names_the_remedy(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(ZImagePipeline, "from_pretrained", fill)
     with pytest.raises(ModelLoadFailed, match="choose a smaller model"):
-        loader(tmp_path, source="Some-Org/Some-Image").load()
+        loader(source="Some-Org/Some-Image").load()
