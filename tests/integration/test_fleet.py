@@ -23,7 +23,8 @@ from common.settings import Settings
 from tests.fleet import ready_workers
 from tests.integration.nginx_edge import nginx
 from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
-from worker.pico import captions
+from worker import pico
+from worker.pico import captions, evaluate
 from worker.pico.judge import judge
 
 LIMIT = 128  # tokens that pico reads
@@ -132,25 +133,34 @@ def test_many_sizes_and_lengths_at_once_each_get_their_own(fleet: Fleet) -> None
         assert Image.open(io.BytesIO(picture.content)).size == (width, height)
 
 
-@pytest.mark.xfail(reason="pico's training is not finished: see worker/pico/README.md", strict=False)
 def test_every_picture_of_a_mixed_batch_shows_its_own_prompt(fleet: Fleet) -> None:
-    """A fixed sample of the evaluation in many sizes: whatever pico paints, it is nobody else's picture."""
+    """A fixed sample of the evaluation in many sizes: each picture is the one that its prompt gives alone."""
     sizes = [(128, 128), (96, 128), (128, 96), (112, 112), (160, 128), (128, 192)]
-    asked = {}
-    for seed, prompt in enumerate(captions.held_out(SAMPLE)[::2] + captions.held_out(SAMPLE, seed=1)[1::2]):
+    prompts = captions.held_out(SAMPLE)
+    ids = []
+    for seed, prompt in enumerate(prompts):
         width, height = sizes[seed % len(sizes)]
         body = {"prompt": prompt.text, "width": width, "height": height, "seed": seed, "format": "png"}
-        asked[fleet.post("/api/submit", body).json()["task_id"]] = prompt.scene
-    views = {task_id: fleet.finished(task_id) for task_id in asked}
-    assert {view["status"] for view in views.values()} == {"succeeded"}
-    for task_id, scene in asked.items():
-        picture = fleet.pixels(views[task_id]["images"][0]).astype(np.uint8)
-        assert judge(picture, scene).matches, scene
-        passes_for = [other for other in asked.values() if judge(picture, other).matches]
-        assert passes_for == [scene], "the sample's scenes can be told apart, so a mix-up would be seen"
-    spans = sorted((view["started_at"], view["finished_at"]) for view in views.values())
+        ids.append(fleet.post("/api/submit", body).json()["task_id"])
+    views = [fleet.finished(task_id) for task_id in ids]
+    assert {view["status"] for view in views} == {"succeeded"}
+    spans = sorted((view["started_at"], view["finished_at"]) for view in views)
     together = sum(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))
-    assert together >= SAMPLE / 2, "they were held by the worker at the same time"
+    assert together >= SAMPLE / 2, "the worker held them at the same time"
+
+    pictures = [fleet.pixels(view["images"][0]) for view in views]
+    stock = evaluate.load(pico.FOLDER)
+    for seed, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        alone = evaluate.paint(stock, [prompt.text], sizes[seed % len(sizes)], first_seed=seed)[0]
+        assert np.abs(picture - alone).max() <= 1, prompt  # a rounding may tip: floats are summed in another order
+    same_size = zip(pictures, pictures[len(sizes) :], strict=False)
+    assert all(np.abs(one - other).mean() > 5 for one, other in same_size), "a mix-up would be seen"
+
+    matched = [
+        judge(each.astype(np.uint8), prompt.scene).matches for each, prompt in zip(pictures, prompts, strict=True)
+    ]
+    if not all(matched):
+        pytest.xfail(f"{sum(matched)} of {SAMPLE} as told; pico's training is not finished: see worker/pico/README.md")
 
 
 @pytest.mark.parametrize(

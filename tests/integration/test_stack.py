@@ -245,4 +245,4 @@ def test_the_demo_paints_with_pico_and_stops_everything(tmp_path: Path, prompt: 
     assert not list(tmp_path.glob("zfleet-demo-*")), "its folder is gone"
     assert not (tmp_path / "data").exists(), "pico ships with the package: nothing to keep"
     if scene:
-        assert judge(np.asarray(picture.convert("RGB")), scene).background
+        assert judge(np.asarray(picture.convert("RGB")), scene).matches

@@ -197,9 +197,9 @@ def train_denoiser(pipeline: ZImagePipeline, pool: Sequence[Batch], steps: int, 
         log(step + 1, loss=loss.item())
         if (step + 1) % TRIAL == 0 or step + 1 == steps:
             keep_best(ZImagePipeline(**pipeline.components | dict(average.module.items())), kept)
-    best = kept.load("best") or {}
-    transformer.load_state_dict(best["transformer"])
-    text_encoder.load_state_dict(best["text_encoder"])
+    if best := kept.load("best"):  # there is none where no step was asked for
+        transformer.load_state_dict(best["transformer"])
+        text_encoder.load_state_dict(best["text_encoder"])
 
 
 def keep_best(pipeline: ZImagePipeline, kept: Kept) -> None:
