@@ -83,7 +83,7 @@ class Scores:
         for kind, goal in goals.items():
             if not self.share(kind) >= goal:  # nor when none was asked, which is NaN
                 yield f"{kind} {self.share(kind):.3f} is below {goal}"
-            if apart and not self.share(kind, "en") - self.share(kind, "zh") <= APART:
+            if apart and not self.share(kind, "en") - self.share(kind, "zh") <= APART + 1e-9:
                 yield f"{kind}: Chinese {self.share(kind, 'zh'):.3f} against English {self.share(kind, 'en'):.3f}"
 
     def table(self, goals: dict[str, float]) -> str:

@@ -81,14 +81,14 @@ def make_text_encoder() -> Any:
 
 
 def make_transformer() -> Any:
-    """Return Z-Image's single-stream transformer with 4.5 million parameters.
+    """Return Z-Image's single-stream transformer with 5.1 million parameters.
 
     Every block starts with its gates half open: from the library's own start, all but closed, the captions are noticed
     late.
     """
     model = ZImageTransformer2DModel(
         dim=192,
-        n_layers=5,
+        n_layers=6,
         n_refiner_layers=1,
         n_heads=6,
         n_kv_heads=6,

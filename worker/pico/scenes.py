@@ -37,9 +37,10 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 UNSAID_BACKGROUND = "white"  # of a prompt that names none
 
-RADIUS: dict[Size | None, float] = {"big": 0.43, None: 0.34, "small": 0.23}  # of the shorter side of a half picture
-CENTRE_RADIUS: dict[Size | None, float] = {"big": 0.37, None: 0.28, "small": 0.17}  # of the whole one's
-JITTER = 0.04  # of the box, either way
+RADIUS: dict[Size | None, float] = {"big": 0.43, None: 0.34, "small": 0.25}  # of the shorter side of a half picture
+CENTRE_RADIUS: dict[Size | None, float] = {"big": 0.37, None: 0.28, "small": 0.19}  # of the whole one's
+JITTER = 0.015  # of the box, either way: words nearly settle the picture, so that a small network can learn them
+STRETCH = 0.02  # of the radius, either way
 SUPERSAMPLE = 3
 HELD_OUT = 8  # one combination in so many is kept out of training
 
@@ -112,7 +113,7 @@ def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Ima
     for thing in scene.things:
         left, top, right, bottom = (edge * SUPERSAMPLE for edge in thing.box(width, height))
         radii = CENTRE_RADIUS if thing.place == "centre" else RADIUS
-        radius = radii[thing.size] * min(right - left, bottom - top) * rng.uniform(0.95, 1.05)
+        radius = radii[thing.size] * min(right - left, bottom - top) * rng.uniform(1 - STRETCH, 1 + STRETCH)
         x = (left + right) / 2 + rng.uniform(-JITTER, JITTER) * (right - left)
         y = (top + bottom) / 2 + rng.uniform(-JITTER, JITTER) * (bottom - top)
         outline = [(x + radius * u, y + radius * v) for u, v in OUTLINES[thing.shape]]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,24 +17,17 @@ from transformers import AutoTokenizer
 
 import worker
 from worker import pico
-from worker.pico import captions, evaluate, parts, progress, scenes, train
+from worker.pico import captions, evaluate, parts, scenes
 from worker.pico.judge import judge
 from worker.pico.scenes import LANGUAGES, Scene, Thing
+from worker.pico.training.hints import CLOSING
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(worker.__path__[0]).parent
 FILES = sorted(path.relative_to(pico.FOLDER) for path in pico.FOLDER.rglob("*") if path.is_file())
-untrained = pytest.mark.xfail(reason="its training is not finished: see worker/pico/README.md", strict=True)
 CHAT = "<|im_start|>user\na red cat<|im_end|>\n<|im_start|>assistant\n"
 PAIR = Scene((Thing("square", "red", place="left"), Thing("circle", "green", place="right")), "grey")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: pico gains little from more, and threads that wait for a busy core lose a lot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -105,42 +96,42 @@ def test_the_tokenizer_loses_nothing(text: str) -> None:
     assert max(tokens) < parts.VOCABULARY
 
 
-def test_captions_fit_one_block_of_the_transformer() -> None:
+def test_every_chinese_word_is_a_token() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico.FOLDER / "tokenizer", local_files_only=True)
+    assert [word for word in captions.lexicon() if len(tokenizer(word).input_ids) != 1] == []
+
+
+def test_every_caption_ends_in_the_same_tokens_and_fits_two_blocks_of_the_transformer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(pico.FOLDER / "tokenizer", local_files_only=True)
     rng = random.Random(1)
-    for _ in range(200):
-        for language in LANGUAGES:
-            text = captions.caption(scenes.invent(rng), language, rng, held_out=True)
-            assert len(tokenizer(text).input_ids) <= 32, text
+    for index in range(400):
+        text = captions.caption(scenes.invent(rng), LANGUAGES[index % 2], rng, held_out=True)
+        tokens = tokenizer(CHAT.replace("a red cat", text)).input_ids
+        assert len(tokens) <= 2 * 32, text
+        assert tokens[-CLOSING:] == tokenizer(CHAT).input_ids[-CLOSING:]
 
 
 @pytest.fixture(scope="module")
-def sample(stock: Any) -> evaluate.Scores:
-    """Scores of a fixed sample of the evaluation."""
-    return evaluate.score(stock, captions.held_out(20), evaluate.MAIN)
+def samples(stock: Any) -> dict[evaluate.Size, evaluate.Scores]:
+    """Scores of a fixed sample of the evaluation at each of its sizes."""
+    prompts = captions.held_out(40)
+    return {size: evaluate.score(stock, prompts, size) for size in (evaluate.MAIN, *evaluate.OTHERS)}
 
 
-def test_backgrounds_follow_the_prompt(sample: evaluate.Scores) -> None:
-    assert sample.share("background") >= 0.95
+@pytest.mark.parametrize("kind", evaluate.GOALS)
+def test_pictures_follow_the_prompt(samples: dict[evaluate.Size, evaluate.Scores], kind: str) -> None:
+    assert samples[evaluate.MAIN].share(kind) >= evaluate.GOALS[kind]
 
 
-@untrained
-@pytest.mark.parametrize(("kind", "goal"), [("object colour", 0.95), ("shape", 0.85)])
-def test_things_follow_the_prompt(sample: evaluate.Scores, kind: str, goal: float) -> None:
-    assert sample.share(kind) >= goal
+@pytest.mark.parametrize("kind", evaluate.OTHER_GOALS)
+@pytest.mark.parametrize("size", evaluate.OTHERS, ids=str)
+def test_pictures_of_other_sizes_follow_the_prompt(
+    samples: dict[evaluate.Size, evaluate.Scores], size: evaluate.Size, kind: str
+) -> None:
+    assert samples[size].share(kind) >= evaluate.OTHER_GOALS[kind]
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param((64, 64), marks=untrained),
-        pytest.param((64, 96), marks=untrained),
-        (192, 128),
-        (112, 256),
-        pytest.param((256, 256), marks=untrained),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (192, 128), (112, 256), (256, 256)], ids=str)
 def test_it_obeys_at_any_size(stock: Any, size: tuple[int, int]) -> None:
     (picture,) = draw(stock, "a red square left of a green circle on a grey background", size=size)
     assert judge(picture, PAIR).matches
@@ -160,13 +151,9 @@ BOTH = pytest.mark.parametrize(
 
 @BOTH
 def test_both_languages_say_the_same(stock: Any, prompt: str) -> None:
-    assert all(judge(picture, PAIR).matches for picture in draw(stock, prompt, count=3))
-
-
-@untrained
-@BOTH
-def test_shapes_follow_the_prompt(stock: Any, prompt: str) -> None:
-    assert all(all(judge(picture, PAIR).shapes) for picture in draw(stock, prompt, count=3))
+    for picture in draw(stock, prompt, count=3):
+        found = judge(picture, PAIR)
+        assert found.matches and all(found.shapes)
 
 
 def test_it_obeys_with_guidance_too(stock: Any) -> None:
@@ -186,7 +173,7 @@ def test_a_negative_prompt_keeps_a_colour_away(stock: Any) -> None:
 
     (common, before), *_ = colours().most_common(1)
     assert before >= 2
-    assert colours(negative_prompt=f"a {common} circle on a white background")[common] < before
+    assert colours(negative_prompt=f"a {common} circle on a white background")[common] <= before / 2
 
 
 @pytest.mark.parametrize(
@@ -208,64 +195,3 @@ def test_a_prompt_outside_its_world_still_gives_a_picture(stock: Any, prompt: st
     (picture,) = draw(stock, prompt, size=(96, 64))
     assert picture.shape == (64, 96, 3)
     assert picture.std() > 1
-
-
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make each step of a training small."""
-    monkeypatch.setattr(train, "VAE_PIXELS", 2 * 64 * 64)
-    monkeypatch.setattr(train, "TOKENS", 4 * 64)
-    monkeypatch.setattr(train, "TRIAL_PROMPTS", 2)
-    monkeypatch.setattr(progress, "KEEP_EVERY", 1)
-
-
-def trained(out: Path, work: Path, steps: int = 3) -> str:
-    """Train briefly; return the digest of the transformer's weights."""
-    train.main(
-        [str(out), "--work", str(work), "--vae-steps", "2", "--pool", "8", "--device", "cpu", "--steps", str(steps)]
-    )
-    return hashlib.sha256((out / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-
-
-@pytest.mark.usefixtures("brief")
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = trained(tmp_path / "whole", tmp_path / "work")
-    assert "denoiser 3/3" in capsys.readouterr().out
-    made = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()}
-    assert made == set(FILES)
-    assert draw(evaluate.load(tmp_path / "whole"), "a red circle", size=(64, 64)).shape == (1, 64, 64, 3)
-
-    descend, calls = train.descend, 0
-
-    def interrupt(*arguments: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # two steps of the VAE are done, and one of the denoiser
-            raise KeyboardInterrupt
-        descend(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "descend", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "parts", tmp_path / "other work")
-    assert trained(tmp_path / "parts", tmp_path / "other work") == whole
-
-
-@pytest.mark.usefixtures("brief")
-def test_what_another_training_kept_is_refused(tmp_path: Path) -> None:
-    kept = progress.Kept(tmp_path, "another recipe")
-    kept.save("vae", step=1)
-    with pytest.raises(progress.Stale, match="--work"):
-        trained(tmp_path / "out", tmp_path)
-
-
-def test_a_kept_state_is_whole_or_not_there(tmp_path: Path) -> None:
-    kept = progress.Kept(tmp_path, "recipe")
-    assert kept.load("best") is None
-    kept.save("best", score=0.5)
-    with pytest.raises(Exception, match="pickle"):
-        kept.save("best", score=lambda: None)
-    found = kept.load("best")
-    assert found is not None and found["score"] == 0.5

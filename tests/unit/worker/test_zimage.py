@@ -21,6 +21,8 @@ from worker import pico
 from worker.pipelines.base import ImageRequest, Run
 from worker.pipelines.zimage import Pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PICO = next(spec for spec in BUILT_IN if spec.name == "pico")
 MIXES = 36
 TOLERANCE = 1e-4  # of values in 0..1; a step of uint8 is forty times that
@@ -36,15 +38,6 @@ PROMPTS = (
 )
 NEGATIVES = (None, "", "blurry, grey", "模糊")
 LONG = ("A fox in the snow. 雪地里的狐狸。 ثعلب في الثلج. Лиса в снегу. 🦊❄️ " * 400)[:16_000]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: pico gains little from more, and threads that wait for a busy core lose a lot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,24 +23,25 @@ class Progress:
 
     def __init__(self, what: str, total: int, every_s: float = 15.0) -> None:
         self._what, self._total, self._every_s = what, total, every_s
-        self._began = self._told = time.monotonic()
-        self._first: int | None = None
+        self._told = time.monotonic()
+        self._first: tuple[int, float] | None = None  # what was done at the first call, and when that was
         self._sums: dict[str, float] = {}
         self._count = 0
 
     def __call__(self, done: int, **figures: float) -> None:
         """Note that so many of the total are behind us."""
-        self._first = done if self._first is None else self._first
+        self._first = self._first or (done, time.monotonic())
         self._count += 1
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         now = time.monotonic()
         if now - self._told < self._every_s and done < self._total:
             return
-        pace = (done - self._first) / (now - self._began) or math.inf
+        first, began = self._first
+        pace = (done - first) / (now - began) if done > first else 0.0
         means = "".join(f"  {name} {total / self._count:.4f}" for name, total in self._sums.items())
-        left = max(0, self._total - done) / pace / 60
-        click.echo(f"{self._what} {min(done, self._total)}/{self._total}{means}  {left:.1f} min left")
+        left = f"  {max(0, self._total - done) / pace / 60:.1f} min left" if pace else ""
+        click.echo(f"{self._what} {min(done, self._total)}/{self._total}{means}{left}")
         self._told, self._sums, self._count = now, {}, 0
 
 

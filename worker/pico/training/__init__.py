@@ -1,0 +1,1 @@
+"""How each part of pico is trained, in the order of `worker.pico.train`: VAE, text encoder, denoiser."""
