@@ -40,8 +40,8 @@ class Phrasings:
         return rng.choice(self.ways[cut:] if held_out and self.kept else self.ways[:cut])
 
 
-# {a} is the first thing with its article, {a_} without. What is said one way round is said the other way round too:
-# else a word that says nothing of the order would give it away, and be believed.
+# {a} is the first thing with its article, {a_} without. Nearly all that is said one way round is said the other way
+# too: else a word that says nothing of the order would give it away, and be believed.
 THINGS: dict[tuple[Language, Place], Phrasings] = {
     ("en", "centre"): Phrasings(
         (

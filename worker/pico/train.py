@@ -61,9 +61,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--work", type=Path, default=Path("out/pico"), help="keeps the state of an unfinished training")
     parser.add_argument("--begin", type=Path, help="a checkpoint to go on from, with new optimizers; else from nothing")
-    parser.add_argument("--vae-steps", type=int, default=vae.STEPS)
-    parser.add_argument("--reading-steps", type=int, default=text_encoder.STEPS)
-    parser.add_argument("--steps", type=int, default=denoiser.STEPS)
+    parser.add_argument("--vae-steps", type=int, default=vae.STEPS, help="of the VAE")
+    parser.add_argument("--reading-steps", type=int, default=text_encoder.STEPS, help="of the text encoder alone")
+    parser.add_argument("--steps", type=int, default=denoiser.STEPS, help="of transformer and text encoder together")
     parser.add_argument("--pool", type=int, default=denoiser.POOL, help="scenes to learn from")
     parser.add_argument("--eager", action="store_true", help="compile nothing: slower, but needs no C++ compiler")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -73,14 +73,13 @@ def main(arguments: Sequence[str]) -> None:
     pipeline = evaluate.load(options.begin) if options.begin else untrained()
     vae.train(pipeline.vae, options.vae_steps, kept, options.device)
     torch.manual_seed(SEED)  # whatever came before, and whether it was taken up again
-    heads = Heads(pipeline.transformer)
+    heads = Heads(pipeline.transformer.config.dim)
     text_encoder.train(pipeline, heads, options.reading_steps, kept, options.device)
     pools = denoiser.Pools(
         square=denoiser.make_pool(pipeline.vae, options.pool // 2, options.device, mixed=False),
         mixed=denoiser.make_pool(pipeline.vae, options.pool // 2, options.device, mixed=True),
     )
     denoiser.train(pipeline, heads, pools, options.steps, kept, options.device, eager=options.eager)
-    heads.remove()
     write(pipeline, options.out)
 
 

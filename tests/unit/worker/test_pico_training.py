@@ -20,7 +20,7 @@ from worker.pico.training.steps import pick_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAIR = Scene((Thing("square", "red", "big", "left"), Thing("circle", "green", place="right")), "grey")
+TWO = Scene((Thing("square", "red", "big", "left"), Thing("circle", "green", place="right")), "grey")
 ONE = Scene((Thing("star", None, "small", "top"),))
 
 
@@ -152,7 +152,7 @@ def grid(rows: int, columns: int) -> torch.Tensor:
 
 
 def test_a_patch_is_asked_for_the_thing_that_stands_in_its_part_of_the_picture() -> None:
-    asked, offsets = hints.about_patches(PAIR, grid(2, 4))
+    asked, offsets = hints.about_patches(TWO, grid(2, 4))
     colours = [hints.COLOURS[colour] for colour in asked[:, 2].tolist()]
     assert colours == ["red", "red", "green", "green"] * 2
     assert {hints.COLOURS[background] for background in asked[:, 0].tolist()} == {"grey"}
@@ -180,7 +180,7 @@ def test_captions_of_different_scenes_have_different_answers() -> None:
 
 
 def test_right_answers_cost_nothing_and_wrong_ones_do() -> None:
-    asked = torch.tensor([hints.about_caption(scene) for scene in (PAIR, ONE, None)])
+    asked = torch.tensor([hints.about_caption(scene) for scene in (TWO, ONE, None)])
     right = answered(asked, hints.CAPTION).split(hints.CAPTION, dim=-1)
     assert hints.cost(right, asked) < 1e-3
     assert hints.cost(right, asked[[1, 0, 2]]) > 1
@@ -189,29 +189,37 @@ def test_right_answers_cost_nothing_and_wrong_ones_do() -> None:
 
 def test_the_heads_hear_the_layers_and_teach_them() -> None:
     transformer = parts.make_transformer()
-    heads = hints.Heads(transformer)
-    embeddings = [torch.randn(9, parts.TEXT_WIDTH, requires_grad=True) for _ in range(2)]
-    transformer([torch.randn(16, 1, 8, 12)] * 2, torch.rand(2), embeddings, return_dict=False)
-    heads.misplaced([PAIR, None], rows=4, columns=6).backward()  # type: ignore[no-untyped-call]
+    heads = hints.Heads(transformer.config.dim)
+    embeddings = [torch.randn(9, parts.TEXT_WIDTH) for _ in range(2)]
+    with heads.listening(transformer):
+        transformer([torch.randn(16, 1, 8, 12)] * 2, torch.rand(2), embeddings, return_dict=False)
+    assert not any(layer._forward_hooks for layer in transformer.layers), "and then no more"
+    heads.misplaced([TWO, None], rows=4, columns=6).backward()  # type: ignore[no-untyped-call]
     assert heads.thing.weight.grad is not None and heads.place.weight.grad is not None
     taught = [layer.feed_forward.w2.weight.grad is not None for layer in transformer.layers]
     assert taught == [index <= hints.THING_LAYER for index in range(len(taught))]
 
 
 def test_the_text_encoder_is_taught_by_the_last_tokens_of_told_captions_alone() -> None:
-    heads = hints.Heads(parts.make_transformer())
+    heads = hints.Heads(8)
     embeddings = [torch.randn(9, parts.TEXT_WIDTH, requires_grad=True) for _ in range(2)]
-    heads.misread(embeddings, [PAIR, None]).backward()  # type: ignore[no-untyped-call]
+    heads.misread(embeddings, [TWO, None]).backward()  # type: ignore[no-untyped-call]
     told, left_out = (embedding.grad for embedding in embeddings)
     assert told is not None and left_out is not None
     assert told.abs().sum(dim=-1).gt(0).tolist() == [False] * 5 + [True] * 4
     assert not left_out.any()
 
 
+def misplaced(heads: hints.Heads, placed: torch.Tensor, told: torch.Tensor, rows: int, columns: int) -> float:
+    """Return the loss of patches whose states after the two layers are these, when nothing is told of them."""
+    heads._heard |= {hints.PLACE_LAYER: placed, hints.THING_LAYER: told}
+    return heads.misplaced([None], rows, columns).item()
+
+
 def test_patches_are_asked_in_the_order_in_which_the_transformer_has_them() -> None:
     rows, columns = 4, 6
     transformer = parts.make_transformer()
-    heads = hints.Heads(transformer)
+    heads = hints.Heads(transformer.config.dim)
     positions = transformer.create_coordinate_grid((1, rows, columns), (0, 0, 0)).flatten(0, 2)
     states = torch.zeros(1, rows * columns, transformer.config.dim)
     states[0, :, 0] = (positions[:, 2] + 0.5) / columns * 4 - 2
@@ -223,18 +231,6 @@ def test_patches_are_asked_in_the_order_in_which_the_transformer_has_them() -> N
     nothing = states * 0
     right = misplaced(heads, states, nothing, rows, columns)
     assert right < 1e-6 < misplaced(heads, states.flip(1), nothing, rows, columns)
-
-
-def misplaced(heads: hints.Heads, placed: torch.Tensor, told: torch.Tensor, rows: int, columns: int) -> float:
-    """Return the loss of patches whose states after the two layers are these, when nothing is told of them."""
-    heads._heard |= {hints.PLACE_LAYER: placed, hints.THING_LAYER: told}
-    return heads.misplaced([None], rows, columns).item()
-
-
-def test_removed_heads_hear_nothing_more() -> None:
-    transformer = parts.make_transformer()
-    hints.Heads(transformer).remove()
-    assert not any(layer._forward_hooks for layer in transformer.layers)
 
 
 def test_the_sizes_are_those_of_the_model() -> None:

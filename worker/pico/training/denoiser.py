@@ -27,7 +27,7 @@ STEPS = 11_000
 SQUARE = 0.4  # share of the steps before pictures of other sizes than 128 x 128 come in,
 MIXED = 0.6  # and their share from then on
 POOL = 32_000  # scenes whose latents are kept, half of them 128 x 128: words, noise and σ are drawn anew each time
-TOKENS = 32 * (64 + 32)  # image patches and caption tokens in a batch
+TOKENS = 32 * (64 + 32)  # in a batch: a picture's patches, and 32 for its caption, which may be up to 64
 RATE = 1.5e-3
 TEXT_RATE = 0.2  # of that for the text encoder, which can read already
 HINTS = 0.1  # weight of what the heads say
@@ -35,8 +35,8 @@ EMA = 0.999
 TRIAL = 2000  # steps between two looks at what has been learnt; the best is kept
 TRIAL_PROMPTS = 60  # at each size
 EMPTY = 0.1  # share of captions left out, for guidance
-HIGH = 1 / 3  # share of σ above 0.94: the background is settled in the first step
-PURE = 0.12  # share of σ at 1: every schedule starts there
+HIGH = 1 / 3  # share of σ drawn above 0.94 on purpose: the background is settled in the first step
+PURE = 0.12  # share of σ at 1, of those: every schedule starts there
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def train(
     Unless `eager`, the transformer's blocks are compiled,
     which takes a C++ compiler and a minute, and saves a quarter of each step.
     """
-    transformer, text_encoder, tokenizer = pipeline.transformer, pipeline.text_encoder, pipeline.tokenizer
+    transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     if not eager:
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
     both = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder}).to(device).train()
@@ -110,33 +110,42 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
     stateful = {"both": both, "heads": heads.to(device), "average": average, "optimizer": optimizer}
     log = Progress("denoiser", steps)
-    for step in kept.steps("denoiser", steps, stateful):
-        rng = random.Random(f"{SEED} denoiser {step}")
-        torch.manual_seed(rng.getrandbits(32))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * cosine(step, steps, 150)
-        mixed = step >= SQUARE * steps and rng.random() < MIXED
-        batch = rng.choice(pools.mixed if mixed else pools.square)
-        told = [None if rng.random() < EMPTY else scene for scene in batch.scenes]
-        texts = [captions.caption(scene, rng.choice(LANGUAGES), rng) if scene else "" for scene in told]
-        noise = torch.randn(batch.latents.shape).to(device)
-        sigmas = draw_sigmas(len(texts)).to(device)
-        mix = sigmas[:, None, None, None]
-        noisy = (1 - mix) * batch.latents + mix * noise
-        with torch.autocast(device, dtype=torch.bfloat16):
-            embeddings = [each.float() for each in embed(text_encoder, tokenizer, texts, device)]
-            output = transformer(list(noisy.unsqueeze(2)), 1 - sigmas, embeddings, return_dict=False)[0]
-            read = heads.misread(embeddings, told)
-            seen = heads.misplaced(told, batch.latents.shape[2] // 2, batch.latents.shape[3] // 2)
-        error = functional.mse_loss(torch.stack(output).squeeze(2).float(), batch.latents - noise)
-        descend(error + HINTS * (read + seen), optimizer)
-        average.update_parameters(both)
-        log(step + 1, loss=error.item(), read=read.item(), seen=seen.item())
-        if (step + 1) % TRIAL == 0 or step + 1 == steps:
-            keep_best(ZImagePipeline(**pipeline.components | dict(average.module.items())), kept)
+    with heads.listening(transformer):  # from here on, so that the average has no ears
+        for step in kept.steps("denoiser", steps, stateful):
+            rng = random.Random(f"{SEED} denoiser {step}")
+            torch.manual_seed(rng.getrandbits(32))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * cosine(step, steps, 150)
+            mixed = step >= SQUARE * steps and rng.random() < MIXED
+            batch = rng.choice(pools.mixed if mixed else pools.square)
+            error, read, seen = lesson(pipeline, heads, batch, rng, device)
+            descend(error + HINTS * (read + seen), optimizer)
+            average.update_parameters(both)
+            log(step + 1, loss=error.item(), read=read.item(), seen=seen.item())
+            if (step + 1) % TRIAL == 0 or step + 1 == steps:
+                keep_best(ZImagePipeline(**pipeline.components | dict(average.module.items())), kept)
     if best := kept.load("best"):  # there is none where no step was asked for
         transformer.load_state_dict(best["transformer"])
         text_encoder.load_state_dict(best["text_encoder"])
+
+
+def lesson(
+    pipeline: ZImagePipeline, heads: Heads, batch: Batch, rng: random.Random, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the flow's error on a batch, and how wrong the heads are about its captions and about its patches."""
+    told = [None if rng.random() < EMPTY else scene for scene in batch.scenes]
+    texts = [captions.caption(scene, rng.choice(LANGUAGES), rng) if scene else "" for scene in told]
+    noise = torch.randn(batch.latents.shape).to(device)
+    sigmas = draw_sigmas(len(texts)).to(device)
+    mix = sigmas[:, None, None, None]
+    noisy = (1 - mix) * batch.latents + mix * noise
+    with torch.autocast(device, dtype=torch.bfloat16):
+        embeddings = [each.float() for each in embed(pipeline.text_encoder, pipeline.tokenizer, texts, device)]
+        output = pipeline.transformer(list(noisy.unsqueeze(2)), 1 - sigmas, embeddings, return_dict=False)[0]
+        read = heads.misread(embeddings, told)
+        seen = heads.misplaced(told, batch.latents.shape[2] // 2, batch.latents.shape[3] // 2)
+    error = functional.mse_loss(torch.stack(output).squeeze(2).float(), batch.latents - noise)
+    return error, read, seen
 
 
 def keep_best(pipeline: ZImagePipeline, kept: Kept) -> None:

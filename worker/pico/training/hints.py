@@ -6,7 +6,8 @@ Asked halfway for what it has to know by then, it finds out soon. The heads that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,21 +33,25 @@ THING_LAYER = 3  # and after this one what stands there
 class Heads(nn.Module):
     """Linear answers from states of the text encoder and of two layers of the transformer."""
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, width: int) -> None:
+        """`width` is the transformer's."""
         super().__init__()
-        width = transformer.config.dim
         self.caption = nn.Linear(CLOSING * TEXT_WIDTH, sum(CAPTION))
         self.place = nn.Linear(width, 2)
         self.thing = nn.Linear(width, sum(PATCH) + 2)
         self._heard: dict[int, Tensor] = {}
-        self._hooks = [
+
+    @contextlib.contextmanager
+    def listening(self, transformer: Any) -> Iterator[None]:
+        """Hear what the two layers of the transformer put out."""
+        hooks = [
             transformer.layers[layer].register_forward_hook(self._hear(layer)) for layer in (PLACE_LAYER, THING_LAYER)
         ]
-
-    def remove(self) -> None:
-        """Hear no more of the transformer."""
-        for hook in self._hooks:
-            hook.remove()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _hear(self, layer: int) -> Any:
         def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
