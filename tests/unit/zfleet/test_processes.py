@@ -167,7 +167,7 @@ def test_a_held_signal_comes_after_the_block() -> None:
     def hold(interrupts: Interrupts) -> None:
         with interrupts.held():
             with interrupts.held():
-                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGTERM)
             order.append("the block")
 
     with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
