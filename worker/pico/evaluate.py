@@ -147,6 +147,11 @@ def seconds_a_picture(pipeline: Any) -> float:
     return statistics.median(taken[1:])
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a checkpoint in the diffusers layout."""
+    return (folder / "model_index.json").is_file()
+
+
 def load(folder: Path) -> Any:
     """Return the stock pipeline on a checkpoint, in float32, silent."""
     pipeline = ZImagePipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
@@ -161,9 +166,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=SCENES * len(LANGUAGES), help="prompts per picture size")
     parser.add_argument("--sheet", type=Path, help="write README's picture to this file, and judge nothing")
     options = parser.parse_args(arguments)
+    if not is_checkpoint(options.folder):
+        parser.error(f"{options.folder} is no checkpoint: it has no model_index.json")
+    if options.count < 2 or options.count % 2:
+        parser.error(f"--count: an even number from 2 on, half of it in each language, not {options.count}")
     pipeline = load(options.folder)
     if options.sheet:
-        sheet(pipeline).save(options.sheet, quality=90)
+        try:
+            sheet(pipeline).save(options.sheet, quality=90)
+        except (OSError, ValueError) as error:  # no such folder, or an ending that names no format
+            parser.error(f"--sheet: {error}")
         return 0
     return report(pipeline, options.count)
 

@@ -10,9 +10,10 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import click
 import torch
 from diffusers import ZImagePipeline
 
@@ -55,21 +56,51 @@ def forget_origin(path: Path) -> None:
         path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Train all of pico and write it."""
-    parser = argparse.ArgumentParser(prog="python -m worker.pico.train", description="Train pico.")
+def at_least(least: int) -> Callable[[str], int]:
+    """Return argparse's type of a whole number from `least` on."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
+
+    return whole_number
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m worker.pico.train",
+        description="Train pico.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    steps = at_least(0)
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--work", type=Path, default=Path("out/pico"), help="keeps the state of an unfinished training")
     parser.add_argument("--begin", type=Path, help="a checkpoint to go on from, with new optimizers; else from nothing")
-    parser.add_argument("--vae-steps", type=int, default=vae.STEPS, help="of the VAE")
-    parser.add_argument("--reading-steps", type=int, default=text_encoder.STEPS, help="of the text encoder alone")
-    parser.add_argument("--steps", type=int, default=denoiser.STEPS, help="of transformer and text encoder together")
-    parser.add_argument("--pool", type=int, default=denoiser.POOL, help="scenes to learn from")
+    parser.add_argument("--vae-steps", type=steps, default=vae.STEPS, help="of the VAE")
+    parser.add_argument("--reading-steps", type=steps, default=text_encoder.STEPS, help="of the text encoder alone")
+    parser.add_argument("--steps", type=steps, default=denoiser.STEPS, help="of transformer and text encoder together")
+    parser.add_argument("--pool", type=at_least(2), default=denoiser.POOL, help="scenes to learn from")
     parser.add_argument("--eager", action="store_true", help="compile nothing: slower, but needs no C++ compiler")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=sorted({"cpu", device}), default=device)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train all of pico and write it. What is wrong with the arguments is told before anything is trained."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
+    if options.begin and not evaluate.is_checkpoint(options.begin):
+        parser.error(f"--begin: {options.begin} is no checkpoint: it has no model_index.json")
     course = [options.begin, options.vae_steps, options.reading_steps, options.steps, options.pool]
-    kept = Kept(options.work, "".join([str(course), *(path.read_text("utf-8") for path in sorted(HERE.rglob("*.py")))]))
+    recipe = "".join([str(course), *(path.read_text("utf-8") for path in sorted(HERE.rglob("*.py")))])
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        kept = Kept(options.work, recipe)
+    except OSError as error:
+        parser.error(f"{error.filename} cannot be a folder to write: {error.strerror}")
     pipeline = evaluate.load(options.begin) if options.begin else untrained()
     vae.train(pipeline.vae, options.vae_steps, kept, options.device)
     torch.manual_seed(SEED)  # whatever came before, and whether it was taken up again
@@ -84,4 +115,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. The same command goes on from what was last kept.", err=True)
+        sys.exit(130)

@@ -87,6 +87,31 @@ def test_a_painter_that_reads_no_chinese_is_told_so(
     assert "against English 1.000" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere"], "nowhere is no checkpoint"),
+        (["--count", "0"], "--count: an even number from 2 on"),
+        (["--count", "3"], "--count: an even number from 2 on"),
+        (["--sheet", "nowhere/sheet.webp"], "--sheet: "),
+        (["--sheet", "sheet.xyz"], "--sheet: "),
+    ],
+)
+@pytest.mark.usefixtures("painter")
+def test_wrong_arguments_are_told(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load", lambda folder: None)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(arguments)
+    assert told in capsys.readouterr().err
+
+
 def test_the_sheet_shows_every_prompt(painter: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(evaluate, "load", lambda folder: None)
     assert evaluate.main(["--sheet", str(tmp_path / "sheet.webp")]) == 0

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import io
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,40 @@ def test_what_another_training_kept_is_refused(tmp_path: Path) -> None:
     kept.save("vae", step=1)
     with pytest.raises(progress.Stale, match="--work"):
         trained(tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["out", "--begin", "nowhere"], "--begin: nowhere is no checkpoint"),
+        (["out", "--pool", "1"], "--pool: 1 is below 2"),
+        (["out", "--steps", "-1"], "--steps: -1 is below 0"),
+        (["out", "--device", "tpu"], "--device: invalid choice"),
+        (["file"], "file cannot be a folder to write"),
+        (["out", "--work", "file"], "file cannot be a folder to write"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_trained(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        train.main(arguments)
+    assert told in capsys.readouterr().err
+
+
+def test_the_command_tells_of_a_stale_state_without_a_traceback(tmp_path: Path) -> None:
+    progress.Kept(tmp_path / "work", "another recipe").save("vae", step=1)
+    command = [sys.executable, "-m", "worker.pico.train", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    done = subprocess.run(command, cwd=Path(pico.__file__).parents[2], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "was made by other code or options" in done.stderr
 
 
 def test_a_kept_state_is_whole_or_not_there(tmp_path: Path) -> None:

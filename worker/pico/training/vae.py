@@ -53,6 +53,8 @@ def train(vae: Any, steps: int, kept: Kept, device: str) -> None:
         descend(loss, optimizer)
         log(step + 1, l1=error.mean().item(), loss=loss.item())
     vae.eval().requires_grad_(False)
+    if not steps and vae.config.shift_factor is not None:
+        return  # latents keep the scale that others have learnt
     rng = random.Random(f"{SEED} scale")
     with torch.inference_mode():
         sample = pixels([scenes.invent(rng) for _ in range(256)], 128, 128, rng).to(device)
