@@ -172,7 +172,7 @@ def test_guided_and_plain_pictures_share_a_batch_and_each_shows_its_prompt(fleet
         body = {"prompt": prompt.text, "seed": index // 2, "format": "png"} | guidance
         ids.append(fleet.post("/api/submit", body).json()["task_id"])
     views = [fleet.finished(task_id) for task_id in ids]
-    assert held_together(views) >= len(prompts) / 2
+    assert held_together(views) >= len(prompts) / 2, "the worker held them at the same time"
     pictures = [fleet.pixels(view["images"][0]) for view in views]
     for prompt, picture in zip(prompts, pictures, strict=True):
         assert judge(picture.astype(np.uint8), prompt.scene).matches, prompt.text

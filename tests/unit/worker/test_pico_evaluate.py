@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ SHAPE = {"shape": 0.9}
 
 def scored(en: int, zh: int, of: int = 100) -> evaluate.Scores:
     """Return scores with so many right shapes in each language."""
-    right, asked = (
-        Counter({("shape", "en"): en, ("shape", "zh"): zh}),
-        Counter({("shape", "en"): of, ("shape", "zh"): of}),
-    )
-    return evaluate.Scores(right, asked)  # type: ignore[arg-type]
+    scores = evaluate.Scores()
+    scores.right["shape", "en"], scores.right["shape", "zh"] = en, zh
+    scores.asked["shape", "en"] = scores.asked["shape", "zh"] = of
+    return scores
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import random
 import subprocess
 import sys
@@ -103,6 +104,10 @@ def test_a_training_goes_on_from_the_weights_of_another(whole: tuple[Path, str, 
     course = ["--begin", str(whole[0]), "--vae-steps", "0", "--reading-steps", "0", "--pool", "4", "--steps", "0"]
     train.main([str(tmp_path / "out"), "--work", str(tmp_path / "work"), *course, "--eager", "--device", "cpu"])
     assert weights(tmp_path / "out") == whole[1]
+    before, after = (
+        json.loads((each / "vae" / "config.json").read_text("utf-8")) for each in (whole[0], tmp_path / "out")
+    )
+    assert (after["scaling_factor"], after["shift_factor"]) == (before["scaling_factor"], before["shift_factor"])
     configs = [path.read_text("utf-8") for path in (tmp_path / "out").rglob("*.json")]
     assert not any(str(whole[0]) in config or "is_local" in config for config in configs)
 

@@ -94,8 +94,8 @@ def train(
 ) -> None:
     """Train transformer and text encoder together; they end as the best moving average of their weights.
 
-    Unless `eager`, the transformer's blocks are compiled,
-    which takes a C++ compiler and a minute, and saves a quarter of each step.
+    Unless `eager`, the transformer's blocks are compiled, which takes a C++ compiler and a minute, and saves a quarter
+    of each step.
     """
     transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     if not eager:
