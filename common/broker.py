@@ -12,13 +12,12 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
 from typing import Any, Literal, TypeVar
 
 import redis
 from pydantic import ValidationError
 
-from common import keys
+from common import keys, scripts
 from common.connection import command, connect, patiently, transient
 from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
 from common.records import (
@@ -320,17 +319,30 @@ class Broker:
         )  # fmt: skip
         return outcome
 
-    def release(self, worker: str, hold: Hold) -> Literal["ok", "canceled", "lost"]:
+    def release(
+        self, worker: str, hold: Hold, *, patience_s: float | None = None, give_up: Callable[[], bool] = lambda: False
+    ) -> Literal["ok", "canceled", "lost"]:
         """Give a run back to the head of its queue, with no crash counted."""
-        outcome: Literal["ok", "canceled", "lost"] = self._run("release", *hold, self._retention_ms, worker)
+        outcome: Literal["ok", "canceled", "lost"] = self._run(
+            "release", *hold, self._retention_ms, worker, patience_s=patience_s, give_up=give_up
+        )
         return outcome
 
     # The supervisor's side
 
-    def reap(self, worker: str = "") -> list[Reaped]:
-        """Take back the runs of a worker known to be dead or, without a name, every run whose lease ran out."""
-        reply = self._run("reap", worker, self._settings.crash_limit, self._retention_ms, REAP_BATCH)
+    def reap(self, worker: str = "", suspects: Sequence[str] = ()) -> list[Reaped]:
+        """Take back the runs of a worker known to be dead or, without a name, every run whose lease ran out.
+
+        A crash is counted for the `suspects`, the tasks that were on the dead worker's device, and they will run alone;
+        its other runs are given back unharmed. Of a lease that ran out nobody knows, so every run is a suspect.
+        """
+        reply = self._run("reap", worker, self._settings.crash_limit, self._retention_ms, REAP_BATCH, *suspects)
         return [Reaped(*reply[i : i + 4]) for i in range(0, len(reply), 4)]
+
+    def expire(self) -> list[str]:
+        """End as expired every queued task whose deadline has passed; return their ids."""
+        expired: list[str] = self._run("expire", self._retention_ms, REAP_BATCH)
+        return expired
 
     def reconcile(self) -> list[str]:
         """Put back every open task that stands in no queue and no lease; return their ids."""
@@ -357,11 +369,7 @@ class Broker:
         return self._patiently(send, patience_s=patience_s, give_up=give_up)
 
     def _patiently(
-        self,
-        call: Callable[[], T],
-        *,
-        patience_s: float | None = None,
-        give_up: Callable[[], bool] = lambda: False,
+        self, call: Callable[[], T], *, patience_s: float | None = None, give_up: Callable[[], bool] = lambda: False
     ) -> T:
         patience = self._patience_s if patience_s is None else patience_s
         return patiently(call, patience_s=patience, timeout_s=self._timeout_s, give_up=give_up)
@@ -382,17 +390,4 @@ class Broker:
         return round((position // capacity + share) * float(pace) / 1000, 3)
 
 
-def _scripts() -> dict[str, tuple[str, str]]:
-    """Return every transition's full source and its SHA-1, as Redis names it."""
-    folder = resources.files("common") / "lua"
-    head = keys.lua_table() + (folder / "_shared.lua").read_text("utf-8")
-    scripts = {}
-    for entry in folder.iterdir():
-        name, _, suffix = entry.name.partition(".")
-        if suffix == "lua" and not name.startswith("_"):
-            source = head + entry.read_text("utf-8")
-            scripts[name] = (source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
-    return scripts
-
-
-SCRIPTS = _scripts()
+SCRIPTS = scripts.load(keys.lua_table())

@@ -128,8 +128,22 @@ class PipelineFailed(FleetError):
     code = "pipeline_failed"
 
 
+class OutOfMemory(PipelineFailed):
+    """Raised when a picture does not fit into the device's memory, alone or beside the others."""
+
+    code = "out_of_memory"
+    retryable = True
+
+
+class DeviceFailed(FleetError):
+    """Raised when the device itself has failed, so that this process can do nothing more on it."""
+
+    code = "device_failed"
+    retryable = True
+
+
 class DeadlineExceeded(FleetError):
-    """Raised when a run passes its task's deadline; it stops at the next step."""
+    """Raised when a run passes its task's deadline or its model's limit; it stops at the next step."""
 
     code = "deadline_exceeded"
 

@@ -11,6 +11,7 @@ import json
 TASK = "zf:task:"  # + id: the record, a hash       submit, and every transition after it
 TENANT_TASKS = "zf:tasks:"  # + tenant: zset by age  submit
 OPEN = "zf:open"  # zset of ids not yet final       submit; the final transitions remove
+DEADLINES = "zf:deadlines"  # zset of queued ids -> deadline, ms   submit, release, reap; claim, cancel, expire remove
 LEASES = "zf:leases"  # zset id -> expiry, ms       claim, beat; finish, release, reap remove
 BELL = "zf:bell:"  # + model: list of wake-ups      submit, claim, release, reap; workers pop
 READY = "zf:ready:"  # + model.priority: zset of tenants with work by virtual start (fair share)   submit, claim

@@ -39,12 +39,27 @@ class ModelSpec(BaseModel):
     max_n: int = 8
     max_tokens: int = Field(default=512, description="longer prompts are cut here, with a warning")
     max_batch: int = Field(default=4, ge=1, description="runs that advance together on one GPU")
+    run_limit_s: float | None = Field(
+        default=None, gt=0, description="seconds one picture may be in the making; more, and its task fails"
+    )
+    memory_mb: int = Field(default=0, ge=0, description="MiB of GPU memory it needs; a smaller GPU is refused")
     options: Mapping[str, Option] = Field(default_factory=dict, description="read by the pipeline alone")
 
 
+# Transformer, text encoder and VAE in bfloat16 are 20.5 GB; 1.4 GiB more is what one forward takes at 1024 x 1024.
+Z_IMAGE_MB = 21_000
+
 BUILT_IN: tuple[ModelSpec, ...] = (
-    ModelSpec(name="turbo", source="Tongyi-MAI/Z-Image-Turbo"),
-    ModelSpec(name="base", source="Tongyi-MAI/Z-Image", steps=50, guidance_scale=4.0, max_steps=100),
+    ModelSpec(name="turbo", source="Tongyi-MAI/Z-Image-Turbo", run_limit_s=8.0, memory_mb=Z_IMAGE_MB),
+    ModelSpec(
+        name="base",
+        source="Tongyi-MAI/Z-Image",
+        steps=50,
+        guidance_scale=4.0,
+        max_steps=100,
+        run_limit_s=120.0,
+        memory_mb=Z_IMAGE_MB,
+    ),
     ModelSpec(
         name="pico",
         source="builtin",

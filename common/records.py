@@ -64,6 +64,7 @@ class Claimed:
     request_id: str
     queued_ms: int
     deadline_in_s: float | None
+    alone: bool = False  # it was on a device when that worker died: no other run beside it
 
 
 class Claim(NamedTuple):
@@ -84,7 +85,7 @@ class Reaped(NamedTuple):
     """A run taken back from a dead or silent worker, and what was done with it."""
 
     task_id: str
-    outcome: Literal["requeued", "quarantined", "canceled"]
+    outcome: Literal["requeued", "given_back", "quarantined", "canceled"]
     worker: str
     request_id: str
 
@@ -103,7 +104,7 @@ def when(milliseconds: str | int | None) -> datetime | None:
 
 
 def claimed(row: list[Any]) -> Claimed:
-    task_id, fence, queue, queued_ms, deadline_ms, request, request_id = row
+    task_id, fence, queue, queued_ms, deadline_ms, request, request_id, alone = row
     return Claimed(
         task_id=task_id,
         fence=fence,
@@ -112,6 +113,7 @@ def claimed(row: list[Any]) -> Claimed:
         request_id=request_id,
         queued_ms=queued_ms,
         deadline_in_s=deadline_ms / 1000 if deadline_ms else None,
+        alone=bool(alone),
     )
 
 

@@ -287,7 +287,7 @@ class WorkerCard(Stored):
     name: str
     host: str
     pid: int
-    state: Literal["loading", "idle", "busy", "draining"]
+    state: Literal["loading", "idle", "busy", "draining", "lost"] = Field(description="lost: its GPU is gone.")
     device: str
     gpu: GpuReading | None = None
     models: Sequence[str]

@@ -58,6 +58,15 @@ class Settings(BaseSettings):
     beat_s: float = Field(3.0, gt=0, description="leases are renewed this often")
     drain_s: float = Field(30.0, ge=0, description="on SIGTERM runs may finish for this long, then are given back")
     crash_limit: int = Field(3, ge=1, description="a task that took its worker down this often is failed")
+    run_limits: bool = Field(True, description="whether a picture past its model's run_limit_s is stopped")
+    step_limit_s: float = Field(30.0, gt=0, description="a worker whose step stands still this long is killed")
+    load_limit_s: float = Field(1800.0, gt=0, description="a worker that has not loaded its models by then is killed")
+    drift_mb: int = Field(200, ge=1, description="a worker whose memory grew by more than this is renewed between runs")
+    drift_window_s: float = Field(300.0, gt=0, description="that growth is measured over this long")
+    drift_warmup_s: float = Field(300.0, ge=0, description="a worker's memory is not judged before this age")
+    gpu_lost: Literal["report", "cpu"] = Field(
+        "report", description="when a GPU is lost: `report` it and wait for it, or work on the `cpu` meanwhile"
+    )
     simulated_image_ms: float = Field(320.0, gt=0, description="what one picture costs the simulated model")
     simulated_load_ms: float = Field(0.0, ge=0)
 

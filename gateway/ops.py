@@ -91,7 +91,7 @@ def _add_health(api: Api, broker: Broker) -> None:
     def ready() -> Response:
         """Tell whether a task submitted now would be accepted and run: Redis takes writes and a worker is alive."""
         broker.probe()
-        if not broker.workers():
+        if not any(card.state != "lost" for card in broker.workers()):
             raise NoWorker("no worker is alive; start one with: zfleet worker")
         return json_answer(Ready(), headers=NO_STORE)
 
@@ -105,9 +105,13 @@ def look(broker: Broker, uptime_s: float) -> Health:
             status="unhealthy", reasons=[error.message], uptime_seconds=round(uptime_s, 3), gpu_memory_used_mb=0,
             pending_tasks=0, models_loaded=[], workers=0,
         )  # fmt: skip
+    reasons = [f"{card.device} of {card.host} is lost" for card in cards if card.state == "lost"]
+    cards = [card for card in cards if card.state != "lost"]
+    if not cards:
+        reasons.append("no worker is alive")
     return Health(
-        status="healthy" if cards else "degraded",
-        reasons=[] if cards else ["no worker is alive"],
+        status="degraded" if reasons else "healthy",
+        reasons=reasons,
         uptime_seconds=round(uptime_s, 3),
         gpu_memory_used_mb=_gpu_memory_used_mb(cards),
         pending_tasks=pending,

@@ -1,4 +1,4 @@
-"""`python -m worker`: the supervisor, which starts `python -m worker child NAME DEVICE PIPE` for each GPU."""
+"""`python -m worker`: the supervisor, which starts `python -m worker child NAME DEVICE PIPE HEARTBEAT` for each GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def main(argv: list[str]) -> int:
         if argv[:1] == ["child"]:
             from worker import gpu_worker
 
-            name, device, pipe = argv[1:]
-            return gpu_worker.main(name, device, settings, int(pipe))
+            name, device, pipe, heartbeat = argv[1:]
+            return gpu_worker.main(name, device, settings, int(pipe), int(heartbeat))
         from worker.supervisor import Supervisor
 
         configure(settings, "supervisor")

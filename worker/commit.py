@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from common.schemas import ImageRef, StageTimings, TaskError
 from common.storage.base import BaseStorage
 from common.telemetry import get_logger
 from worker.encoding import encode
-from worker.engine import HeldTask
+from worker.held import HeldTask
 
 log = get_logger()
 
@@ -35,10 +36,15 @@ class Committer:
         self._committed = committed
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="commit")
         self._abandon_at = FOREVER  # on time.monotonic's clock
+        self._storing: dict[int, float] = {}  # task at a thread -> since when
 
     def commit(self, task: HeldTask) -> None:
         """Take over a task that has its outcome; returns at once."""
         self._threads.submit(self._run, task)
+
+    def standing_s(self) -> float:
+        """Return how long the slowest of the writes under way has been going on; 0 without any."""
+        return time.monotonic() - min(tuple(self._storing.values()), default=math.inf) if self._storing else 0.0
 
     def close(self, *, abandon_after_s: float = FOREVER) -> None:
         """Wait until everything taken over is committed, but no longer than this for a Redis that is away."""
@@ -48,7 +54,7 @@ class Committer:
     def _run(self, task: HeldTask) -> None:
         try:
             if task.outcome == "released":
-                self._broker.release(self._worker, task.hold)  # if Redis is away, the burial or the lease does it
+                self._broker.release(self._worker, task.hold, patience_s=FOREVER, give_up=self._abandoned)
             elif task.outcome in ("succeeded", "failed", "canceled"):
                 self._finish(task)
             log.info(
@@ -67,10 +73,14 @@ class Committer:
             task.pixels.clear()
             self._committed(task)
 
+    def _abandoned(self) -> bool:
+        return time.monotonic() >= self._abandon_at
+
     def _finish(self, task: HeldTask) -> None:
         images: Sequence[ImageRef] = ()
         began = time.perf_counter()
         if task.outcome == "succeeded":
+            self._storing[id(task)] = time.monotonic()
             try:
                 images = self._store(task)
             except FleetError as error:
@@ -81,6 +91,8 @@ class Committer:
                 task.outcome = "failed"
                 message = f"the picture could not be written as {task.claimed.request.format} ({type(error).__name__})"
                 task.error = TaskError(code="encode_failed", message=message)
+            finally:
+                del self._storing[id(task)]
         status = task.outcome
         assert status == "succeeded" or status == "failed" or status == "canceled"
         stages = StageTimings(
@@ -99,7 +111,7 @@ class Committer:
             stages=stages,
             busy_ms=task.busy_s * 1000,
             patience_s=FOREVER,
-            give_up=lambda: time.monotonic() >= self._abandon_at,
+            give_up=self._abandoned,
         )
         if verdict == "lost":
             task.outcome = "lost"

@@ -5,68 +5,20 @@ The engine knows tasks and pipelines, not queues: other threads offer it tasks a
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from common.errors import DeadlineExceeded, FleetError, PipelineFailed
-from common.records import Claimed, Hold, Verdict
+from common.errors import DeadlineExceeded, DeviceFailed, FleetError, OutOfMemory, PipelineFailed
 from common.schemas import TaskError
 from common.telemetry import get_logger
-from worker.pipelines.base import BasePipeline, ImageRequest, Run
+from worker.heartbeat import Heartbeat, Stage
+from worker.held import HeldTask, Outcome, Picture
+from worker.pipelines.base import BasePipeline, ImageRequest
 
 log = get_logger()
-
-Outcome = Literal["succeeded", "failed", "canceled", "released", "lost"]
-
-
-@dataclass(eq=False, kw_only=True)
-class HeldTask:
-    """A task this worker holds, from the claim to the commit."""
-
-    claimed: Claimed
-    deadline: float | None  # on time.monotonic's clock
-    verdict: Verdict = "ok"  # set by the thread that talks to Redis; obeyed at the next step
-    outcome: Outcome | None = None
-    error: TaskError | None = None
-    pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by picture, (height, width, 3)
-    warnings: list[str] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)  # of the pictures begun; what they held on the device may be gone
-    began: float | None = None  # time.perf_counter when its first picture was started
-    encode_s: float = 0.0
-    decode_s: float = 0.0
-    busy_s: float = 0.0  # from `began` to its outcome
-
-    @property
-    def hold(self) -> Hold:
-        return Hold(self.claimed.task_id, self.claimed.fence)
-
-    @property
-    def steps_done(self) -> int:
-        """Steps that its slowest picture has done."""
-        if len(self.runs) < self.claimed.request.n:
-            return 0
-        return min(run.step for run in self.runs)
-
-    @property
-    def denoise_s(self) -> float:
-        """Seconds it was busy with neither encoding nor decoding."""
-        return max(0.0, self.busy_s - self.encode_s - self.decode_s)
-
-
-@dataclass(eq=False)
-class Picture:
-    """One of a task's pictures while its run advances."""
-
-    task: HeldTask
-    index: int
-    run: Run
 
 
 class Engine:
@@ -79,14 +31,21 @@ class Engine:
         batch_limits: Mapping[str, int],
         retire: Callable[[HeldTask], None],
         stepped: Callable[[], None] = lambda: None,
+        run_limits: Mapping[str, float] | None = None,
+        fence_after_s: float = math.inf,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        """`batch_limits` says for each model how many runs may advance together; `retire` is given every task that has
-        its outcome, and must not block; `stepped` is called after each step.
+        """`batch_limits` says for each model how many runs may advance together, `run_limits` how many seconds a
+        picture may be in the making; `retire` is given every task that has its outcome, and must not block; `stepped`
+        is called after each step. A task whose lease was not renewed for `fence_after_s` is dropped.
         """
         self._pipeline = pipeline
         self._limits = dict(batch_limits)
         self._retire = retire
         self._stepped = stepped
+        self._run_limits = dict(run_limits or {})
+        self._fence_after_s = fence_after_s
+        self._heartbeat = heartbeat or Heartbeat()
         self._capacity = max(self._limits.values())
         self._changed = threading.Condition()
         self._inbox: deque[HeldTask] = deque()  # offered, not yet seen by the engine's thread
@@ -133,32 +92,55 @@ class Engine:
     def turn(self, wait_s: float) -> bool:
         """Take in what was offered, drop what was stopped, advance one batch by a step, retire what is done.
 
-        Waits for work up to `wait_s`; returns whether there was any.
+        Waits for work up to `wait_s`; returns whether there was any. Raises DeviceFailed when nothing can be advanced
+        any more; what was on the device then is still told by the heartbeat.
         """
         self._admit(wait_s)
         self._drop_stopped()
         batch = self._next_batch()
-        if not batch:
+        if batch:
+            self._announce_room(batch)
+            self._step(batch)
+            self._stepped()
+            for picture in batch:
+                if picture.run.done and picture in self._active:
+                    self._finish(picture)
+        else:
             self._announce_room(())
-            return False
-        self._announce_room(batch)
-        self._step(batch)
-        self._stepped()
-        for picture in batch:
-            if picture.run.done and picture.task.outcome is None:
-                self._finish(picture)
-        return True
+        self._heartbeat.at(Stage.IDLE)
+        return bool(batch)
 
     def release(self, *, begun: bool) -> None:
         """End as `released` every task with no picture begun or, if `begun`, every task held."""
-        self._admit(0)
+        self._take_in(0)
         for task in tuple(self._held):
             if begun or task.began is None:
                 self._end(task, "released")
 
+    def abandon(self) -> None:
+        """After DeviceFailed: end as `released` every task but those in the call that failed, which are for the
+        supervisor to take back. Touches the device no more.
+        """
+        self._take_in(0)
+        suspects = {entry.task_id for entry in self._heartbeat.read().on_device}
+        for task in tuple(self._held):
+            if task.claimed.task_id not in suspects:
+                task.outcome = "released"
+                self._held.remove(task)
+                self._retire(task)
+
     def _admit(self, wait_s: float) -> None:
         if self._held and not self._inbox and not self._waiting:
             return  # the usual case between two steps
+        self._take_in(wait_s)
+        while self._waiting and len(self._active) < self._capacity:
+            task, index = self._waiting[0]
+            if self._must_wait(task):
+                return
+            self._waiting.popleft()
+            self._start(task, index)
+
+    def _take_in(self, wait_s: float) -> None:
         with self._changed:
             if not self._held:
                 self._changed.wait_for(lambda: bool(self._inbox) or self._hurry, wait_s)
@@ -167,15 +149,19 @@ class Engine:
         for task in arrived:
             self._held.append(task)
             self._waiting.extend((task, index) for index in range(task.claimed.request.n))
-        while self._waiting and len(self._active) < self._capacity:
-            task, index = self._waiting.popleft()
-            if task.outcome is None:
-                self._start(task, index)
+
+    def _must_wait(self, task: HeldTask) -> bool:
+        """Whether this task or one that is active has to be alone on the device."""
+        others = [picture.task for picture in self._active if picture.task is not task]
+        return bool(others) and (task.alone or any(other.alone for other in others))
 
     def _start(self, task: HeldTask, index: int) -> None:
         request = task.claimed.request
         began = time.perf_counter()
         task.began = task.began or began
+        if limit_s := self._run_limits.get(request.model):
+            task.fuses[index] = time.monotonic() + limit_s
+        self._heartbeat.busy([task.on_device])
         try:
             run = self._pipeline(request.model).start(
                 ImageRequest(
@@ -188,6 +174,8 @@ class Engine:
                     seed=request.seed + index,
                 )
             )
+        except DeviceFailed:
+            raise
         except Exception as error:
             self._fail(task, error)
             return
@@ -203,9 +191,22 @@ class Engine:
                 self._end(task, "lost")
             elif task.verdict == "cancel":
                 self._end(task, "canceled")
-            elif task.deadline is not None and now >= task.deadline:
-                limit = task.claimed.request.deadline_s
-                self._fail(task, DeadlineExceeded(f"not done within its deadline of {limit:g} s"))
+            elif now - task.leased_at > self._fence_after_s:
+                # soon somebody else may run it; until then, as long as nobody does, it is ours to give back
+                log.warning("fenced", task_id=task.claimed.task_id, request_id=task.claimed.request_id)
+                self._end(task, "released")
+            elif now >= task.stop[0]:
+                self._trip(task)
+
+    def _trip(self, task: HeldTask) -> None:
+        request, cause = task.claimed.request, task.stop[1]
+        if cause == "deadline":
+            message = f"not done within its deadline of {request.deadline_s:g} s"
+        else:
+            limit_s = self._run_limits[request.model]
+            message = f"stopped: a picture of model {request.model} may take {limit_s:g} s (its run_limit_s)"
+        log.warning("fuse_tripped", task_id=task.claimed.task_id, request_id=task.claimed.request_id, cause=cause)
+        self._fail(task, DeadlineExceeded(message))
 
     def _next_batch(self) -> list[Picture]:
         """The runs of one model, up to its limit; models with active runs take turns."""
@@ -225,13 +226,18 @@ class Engine:
         with self._changed:
             offered = sum(task.claimed.request.n for task in self._inbox)
             self._room = self._capacity - len(self._active) - len(self._waiting) - offered + leaving
+            if any(task.alone for task in self._held):
+                self._room = 0  # whatever came would stand behind it, while other workers may be free
             if self._room > 0:
                 self._changed.notify_all()
 
     def _step(self, batch: Sequence[Picture]) -> None:
         pipeline = self._pipeline(self._last_model)
+        self._heartbeat.busy([task.on_device for task in dict.fromkeys(picture.task for picture in batch)])
         try:
             pipeline.step([picture.run for picture in batch])
+        except DeviceFailed:
+            raise
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0].task, error)
@@ -240,26 +246,31 @@ class Engine:
             log.warning("step_failed", model=self._last_model, batch=len(batch), error=type(error).__name__)
             pipeline.release_memory()
             for picture in batch:
-                if picture.task.outcome is None:
+                if picture in self._active:
                     self._step([picture])
 
     def _finish(self, picture: Picture) -> None:
         task = picture.task
         pipeline = self._pipeline(task.claimed.request.model)
         began = time.perf_counter()
+        self._heartbeat.busy([task.on_device])
         try:
             task.pixels[picture.index] = pipeline.finish(picture.run)
+        except DeviceFailed:
+            raise
         except Exception as error:
             self._fail(task, error)
             return
         task.decode_s += time.perf_counter() - began
-        self._active.remove(picture)
-        pipeline.discard(picture.run)
-        pipeline.release_memory()
+        task.fuses.pop(picture.index, None)
+        self._drop([picture])
         if len(task.pixels) == task.claimed.request.n:
             self._end(task, "succeeded")
 
     def _fail(self, task: HeldTask, error: Exception) -> None:
+        if isinstance(error, OutOfMemory) and not task.alone:
+            self._again_alone(task)
+            return
         if not isinstance(error, FleetError):
             # the exception's own text may quote the prompt, so it goes neither to the client nor into the log
             log.error("pipeline_failed", task_id=task.claimed.task_id, error=type(error).__name__)
@@ -274,11 +285,28 @@ class Engine:
         task.busy_s = time.perf_counter() - task.began if task.began else 0.0
         self._held.remove(task)
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not task)
-        for picture in [p for p in self._active if p.task is task]:
-            self._active.remove(picture)
-            pipeline = self._pipeline(task.claimed.request.model)
-            pipeline.discard(picture.run)
-            pipeline.release_memory()
+        self._drop([picture for picture in self._active if picture.task is task])
         if outcome != "succeeded":
             task.pixels.clear()
         self._retire(task)
+
+    def _again_alone(self, task: HeldTask) -> None:
+        """Begin a task anew, once, with the device to itself: what did not fit may have been in a crowd."""
+        log.warning("out_of_memory", task_id=task.claimed.task_id, active=len(self._active))
+        self._waiting = deque(entry for entry in self._waiting if entry[0] is not task)
+        self._drop([picture for picture in self._active if picture.task is task])
+        self._pipeline(task.claimed.request.model).release_memory()
+        task.alone = True
+        task.fuses.clear()
+        task.pixels.clear()
+        task.runs.clear()
+        self._waiting.extendleft((task, index) for index in reversed(range(task.claimed.request.n)))
+
+    def _drop(self, pictures: Sequence[Picture]) -> None:
+        """Take pictures of one task off the device."""
+        for picture in pictures:
+            self._active.remove(picture)
+            pipeline = self._pipeline(picture.task.claimed.request.model)
+            pipeline.discard(picture.run)
+            pipeline.release_memory()
+            self._heartbeat.holds_memory(pipeline.memory_used_mb())

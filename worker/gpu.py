@@ -16,6 +16,12 @@ T = TypeVar("T")
 
 MIB = 1024 * 1024
 CPU = "cpu"
+_GONE = (
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+    pynvml.NVML_ERROR_NOT_FOUND,
+    pynvml.NVML_ERROR_INVALID_ARGUMENT,  # fewer GPUs than there were
+    pynvml.NVML_ERROR_UNKNOWN,  # what a GPU says that has fallen off the bus
+)
 
 
 @contextlib.contextmanager
@@ -57,6 +63,24 @@ def choose(devices: str) -> list[str]:
         if not (part.isascii() and part.isdigit()) or int(part) >= there:
             raise ConfigurationError(f"devices: {part!r} is not a GPU of this machine, which has {there}; or say cpu")
     return chosen
+
+
+def memory_mb(index: int) -> int | None:
+    """Return the size of one GPU's memory in MiB, or None when the driver does not say."""
+    reading = read(index)
+    return reading.memory_total_mb if reading else None
+
+
+def lost(index: int) -> bool:
+    """Whether a GPU that was there is gone: fallen off the bus, or its driver with it."""
+    with _nvml() as there:
+        if not there:
+            return True
+        try:
+            pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index))
+        except pynvml.NVMLError as error:
+            return error.value in _GONE
+    return False
 
 
 def read(index: int) -> GpuReading | None:

@@ -21,14 +21,16 @@ from rq.worker_registration import register
 from common import storage
 from common.broker import FOREVER, Broker
 from common.connection import connect, patiently
-from common.errors import ConfigurationError, FleetError, RedisUnavailable
+from common.errors import ConfigurationError, DeviceFailed, FleetError, RedisUnavailable
 from common.records import Claimed
 from common.schemas import PRIORITIES, WorkerCard
 from common.settings import Settings
 from common.telemetry import configure, get_logger
 from worker import gpu
 from worker.commit import Committer
-from worker.engine import Engine, HeldTask
+from worker.engine import Engine
+from worker.heartbeat import Heartbeat, Stage
+from worker.held import HeldTask
 from worker.pulse import Pulse
 from worker.residency import Residency
 
@@ -41,6 +43,8 @@ BACKLOG_WAIT_S = 0.05
 FEEDER_JOIN_S = 0.005
 FEED_FAILED_WAIT_S = 1.0
 COMMIT_PATIENCE_S = 5.0  # on a drain, for a Redis that is away
+ORPHAN_MARGIN_S = 10.0  # beyond the drain time, until a worker without a supervisor ends itself
+DEVICE_FAILED = 3  # exit code
 START_PATIENCE_S = 30.0
 COMMIT_BACKLOG = 8  # tasks waiting for storage beyond this stop further claims
 MIB = 1024 * 1024
@@ -49,8 +53,15 @@ MIB = 1024 * 1024
 class GpuWorker(SimpleWorker):
     """Registers with RQ under its own name, so that RQ's tools show it; everything else is zfleet's."""
 
-    def __init__(self, name: str, device: str, settings: Settings) -> None:
+    def __init__(self, name: str, device: str, settings: Settings, heartbeat: Heartbeat) -> None:
         """`device` is `cpu` or a GPU's index."""
+        # no call to Redis may take more of a lease than can be spared
+        settings = settings.model_copy(
+            update={
+                "redis_timeout_s": min(settings.redis_timeout_s, settings.lease_s / 6),
+                "redis_patience_s": min(settings.redis_patience_s, settings.lease_s / 3),
+            }
+        )
         self.settings = settings
         self.catalogue = settings.catalogue()
         self.device = device
@@ -58,6 +69,7 @@ class GpuWorker(SimpleWorker):
         connection = connect(settings.redis_url, timeout_s=settings.redis_timeout_s, decode=False)
         super().__init__(queues, name=name, connection=connection, serializer=JSONSerializer)
         self.worker_ttl = int(settings.lease_s)
+        self.vitals = heartbeat
         self.broker = Broker(settings)
         self.residency = Residency(self.catalogue, device="cpu" if device == gpu.CPU else "cuda")
         self.engine = Engine(
@@ -65,15 +77,19 @@ class GpuWorker(SimpleWorker):
             batch_limits={name: settings.max_batch or spec.max_batch for name, spec in self.catalogue.items()},
             retire=self._retire,
             stepped=lambda: self.pulse.stepped(),
+            run_limits=_run_limits(settings),
+            fence_after_s=settings.lease_s * 2 / 3,
+            heartbeat=heartbeat,
         )
         self.committer = Committer(name, self.broker, storage.open_storage(settings), committed=self._committed)
         self.pulse = Pulse(
             name,
-            Broker(settings),
+            Broker(settings),  # with connections of its own
             beat_s=settings.beat_s,
             card=self.card,
             held=self.held,
             register=self.register_birth,
+            stuck=self._is_stuck,
         )
         self._held: dict[int, HeldTask] = {}
         self._committing = 0
@@ -94,14 +110,22 @@ class GpuWorker(SimpleWorker):
         self.pulse.start()
         feeder = threading.Thread(target=self._feed, name="feeder", daemon=True)
         try:
+            self.vitals.at(Stage.LOADING)
             self.residency.prewarm()
+            self.vitals.at(Stage.IDLE)
             self._loading = False
             self.pulse.beat_soon()
-            log.info("worker_ready", models=list(self.catalogue), capacity=self.engine.capacity)
+            log.info("worker_ready", models=list(self.residency.loaded), capacity=self.engine.capacity)
             feeder.start()
             while not self._draining.is_set():
                 self.engine.turn(IDLE_WAIT_S)
             self._drain(feeder)
+        except DeviceFailed as error:
+            log.error("device_failed", message=error.message)
+            self._draining.set()
+            self.engine.abandon()
+            self.committer.close(abandon_after_s=COMMIT_PATIENCE_S)
+            return DEVICE_FAILED
         finally:
             self.pulse.stop()
         with contextlib.suppress(RedisError):  # the supervisor's burial takes the name away as well
@@ -131,7 +155,7 @@ class GpuWorker(SimpleWorker):
             state=state,
             device=self.device if self.device == gpu.CPU else f"cuda:{self.device}",
             gpu=None if self.device == gpu.CPU else gpu.read(int(self.device)),
-            models=list(self.catalogue),
+            models=list(self.catalogue if self._loading else self.residency.loaded),
             models_loaded=list(self.residency.loaded),
             capacity=self.engine.capacity,
             running=[task.claimed.task_id for task in held],
@@ -146,23 +170,34 @@ class GpuWorker(SimpleWorker):
         with self._lock:
             return list(self._held.values())
 
+    def _is_stuck(self, task: HeldTask) -> bool:
+        """Whether whoever has this task in hand stands still: the device, or the storage once it has an outcome."""
+        hand = self.committer if task.outcome else self.vitals
+        return hand.standing_s() > self.settings.step_limit_s
+
     # The feeder's thread
 
     def _feed(self) -> None:
-        models = list(self.catalogue)
+        models = list(self.residency.loaded)
         while not self._draining.is_set():
             room = self.engine.await_room(IDLE_WAIT_S)
             if not room:
+                continue
+            if self.vitals.standing_s() > self.settings.step_limit_s:  # what it holds is being lost; take no more
+                self._draining.wait(IDLE_WAIT_S)
                 continue
             if self._committing > COMMIT_BACKLOG + self.engine.capacity:
                 self._draining.wait(BACKLOG_WAIT_S)
                 continue
             try:
+                asked = time.monotonic()
                 claim = self.broker.claim(
                     self.name, self.device, models, room, patience_s=FOREVER, give_up=self._draining.is_set
                 )
+                # the last of its tries was sent no earlier than that: each waits for a connection, and for a reply
+                leased_at = max(asked, time.monotonic() - 2 * self.settings.redis_timeout_s)
                 for claimed in claim.tasks:
-                    self._take(claimed)
+                    self._take(claimed, leased_at)
                 if claim.suspended:
                     self._draining.wait(SUSPENDED_WAIT_S)
                 elif not claim.tasks:
@@ -173,9 +208,9 @@ class GpuWorker(SimpleWorker):
                 log.error("feed_failed", error=type(error).__name__)
                 self._draining.wait(FEED_FAILED_WAIT_S)
 
-    def _take(self, claimed: Claimed) -> None:
+    def _take(self, claimed: Claimed, leased_at: float) -> None:
         deadline = time.monotonic() + claimed.deadline_in_s if claimed.deadline_in_s else None
-        task = HeldTask(claimed=claimed, deadline=deadline)
+        task = HeldTask(claimed=claimed, deadline=deadline, alone=claimed.alone, leased_at=leased_at)
         with self._lock:
             self._held[id(task)] = task
         self._learn(claimed.queue)
@@ -214,13 +249,16 @@ class GpuWorker(SimpleWorker):
         self.committer.close(abandon_after_s=max(0.0, until - time.monotonic()) + COMMIT_PATIENCE_S)
 
 
-def main(name: str, device: str, settings: Settings, parent_pipe: int | None) -> int:
-    """Run one worker until SIGTERM, or until the supervisor at the other end of `parent_pipe` is gone."""
+def main(name: str, device: str, settings: Settings, parent_pipe: int | None, heartbeat: int = -1) -> int:
+    """Run one worker until SIGTERM, or until the supervisor at the other end of `parent_pipe` is gone.
+
+    `heartbeat` is the descriptor of the memory that the supervisor reads; without one there is none.
+    """
     configure(settings, "worker", worker=name, gpu=device)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     try:
         worker = patiently(
-            lambda: GpuWorker(name, device, settings),
+            lambda: GpuWorker(name, device, settings, Heartbeat(heartbeat)),
             patience_s=START_PATIENCE_S,
             timeout_s=settings.redis_timeout_s,
         )
@@ -229,7 +267,8 @@ def main(name: str, device: str, settings: Settings, parent_pipe: int | None) ->
         return 1
     signal.signal(signal.SIGTERM, lambda *_: worker.drain())
     if parent_pipe is not None:
-        threading.Thread(target=_watch_parent, args=(parent_pipe,), name="parent", daemon=True).start()
+        patience_s = settings.drain_s + ORPHAN_MARGIN_S
+        threading.Thread(target=_watch_parent, args=(parent_pipe, patience_s), name="parent", daemon=True).start()
     try:
         return worker.run()
     except FleetError as error:
@@ -237,9 +276,17 @@ def main(name: str, device: str, settings: Settings, parent_pipe: int | None) ->
         return 2 if isinstance(error, ConfigurationError) else 1
 
 
-def _watch_parent(pipe: int) -> None:
+def _watch_parent(pipe: int, patience_s: float) -> None:
     """Drain when the supervisor is gone: the read ends only when nobody holds the other end any more."""
     while os.read(pipe, 1):
         pass
     log.warning("supervisor_gone")
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(patience_s)  # a main thread that hangs on the device never sees the signal, and nobody else would end it
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run_limits(settings: Settings) -> dict[str, float]:
+    """Return for each model that has one its limit in seconds."""
+    specs = settings.catalogue().values() if settings.run_limits else ()
+    return {spec.name: spec.run_limit_s for spec in specs if spec.run_limit_s is not None}

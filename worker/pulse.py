@@ -1,4 +1,7 @@
-"""A worker's pulse: renews its leases, reports progress, and brings back which tasks were canceled or lost."""
+"""A worker's pulse: renews its leases, reports progress, and brings back which tasks were canceled or lost.
+
+A lease that could not be renewed for two thirds of its term makes the engine drop the run (see HeldTask.leased_at).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from common.errors import RedisUnavailable
 from common.records import Hold
 from common.schemas import WorkerCard
 from common.telemetry import get_logger
-from worker.engine import HeldTask
+from worker.held import HeldTask
 
 log = get_logger()
 
@@ -31,14 +34,18 @@ class Pulse:
         card: Callable[[], WorkerCard],
         held: Callable[[], Sequence[HeldTask]],
         register: Callable[[], None],
+        stuck: Callable[[HeldTask], bool] = lambda _: False,
     ) -> None:
-        """`card` and `held` are asked at each beat; `register` is called when RQ no longer knows this worker."""
+        """`card` and `held` are asked at each beat; `register` is called when RQ no longer knows this worker. A task
+        that is `stuck` is not renewed: whoever has it in hand makes no progress, though this thread still beats.
+        """
         self._worker = worker
         self._broker = broker
         self._beat_s = beat_s
         self._card = card
         self._held = held
         self._register = register
+        self._stuck = stuck
         self._wake = threading.Event()
         self._stopping = False
         self._due = False
@@ -98,10 +105,13 @@ class Pulse:
                 task.verdict = verdict
 
     def _beat(self) -> None:
-        tasks = list(self._held())
+        tasks = [task for task in self._held() if not self._stuck(task)]
         ttl_s = max(1, int(self._beat_s * BEATS_PER_RQ_TTL))
+        sent = time.monotonic()
         registered, verdicts = self._broker.beat(self._card(), [task.hold for task in tasks], ttl_s)
         for task, verdict in zip(tasks, verdicts, strict=True):
+            if verdict != "lost":
+                task.leased_at = sent
             if verdict != "ok":
                 task.verdict = verdict
         if not registered:

@@ -29,9 +29,20 @@ class Residency:
         return tuple(self._pipelines)
 
     def prewarm(self) -> None:
-        """Load and warm every model of the catalogue; raises ModelLoadFailed."""
+        """Load and warm every model of the catalogue; raises ModelLoadFailed if not one of them can be.
+
+        One that fails beside others is left out: this worker serves the others, and tasks for it wait for a worker
+        that can.
+        """
+        failures = []
         for model in self._catalogue:
-            self.pipeline(model)
+            try:
+                self.pipeline(model)
+            except ModelLoadFailed as error:
+                failures.append(error)
+                log.error("model_load_failed", model=model, message=error.message)
+        if not self._pipelines:
+            raise failures[0]
 
     def pipeline(self, model: str) -> BasePipeline:
         """Return the model's pipeline, loaded and warm; raises ModelLoadFailed."""

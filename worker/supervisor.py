@@ -1,4 +1,4 @@
-"""The parent of a machine's workers: one child per GPU, restarted when it dies, its runs taken back. No torch."""
+"""The parent of a machine's workers: one child per GPU, watched over, restarted when it dies or has to. No torch."""
 
 from __future__ import annotations
 
@@ -8,60 +8,56 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from common.broker import Broker
-from common.errors import RedisUnavailable
-from common.records import Reaped
+from common.errors import ConfigurationError, RedisUnavailable
+from common.models import Catalogue
+from common.schemas import WorkerCard
 from common.settings import Settings, child_environment
 from common.telemetry import get_logger
-from worker import gpu
+from worker import devicelock, gpu
+from worker.drift import Drift
+from worker.heartbeat import OnDevice
 from worker.housekeeping import Housekeeping
+from worker.reaper import Burial, Reaper
+from worker.slot import Child, Slot, spawn
+from worker.watchdog import stall
 
 log = get_logger()
 
 TICK_S = 0.1
-REAP_INTERVAL_S = 1.0
-RECONCILE_INTERVAL_S = 30.0
+LOOK_INTERVAL_S = 1.0  # at what changes slowly: zombies, memory
+GPU_INTERVAL_S = 5.0  # at whether the GPUs are still there
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 STEADY_S = 30.0  # a child that lived this long starts its back-off afresh
 KILL_MARGIN_S = 10.0  # beyond the drain time, for commits
+KILL_WAIT_S = 1.0  # a process that the kernel cannot end at once will at least do nothing more
 BAD_CONFIGURATION = 2  # a child's exit code: restarting will not help until somebody mends the settings
-
-
-@dataclass
-class Slot:
-    """A device and the child that runs on it."""
-
-    device: str
-    index: int
-    name: str = ""
-    process: subprocess.Popen[bytes] | None = None
-    parent_pipe: int = -1  # our end; the child drains when it closes
-    started: float = 0.0
-    backoff_s: float = 0.0
-    restart_at: float = 0.0
 
 
 class Supervisor:
     """Starts, watches and stops the workers of one machine."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises ConfigurationError for a model or device that is not there."""
+        """Raises ConfigurationError for a model or device that is not there, or a GPU too small for its models."""
         self.settings = settings
-        settings.catalogue()  # a wrong model name is told here, once, and not by every child
-        devices = gpu.choose(settings.devices)
-        self.slots = [Slot(device, index) for index, device in enumerate(devices * settings.workers_per_device)]
-        self._broker = Broker(settings, patience_s=0.0)  # a call that had to wait would reap before the living beat
+        catalogue = settings.catalogue()  # a wrong model name is told here, once, and not by every child
+        devices = large_enough(gpu.choose(settings.devices), catalogue, skip=settings.devices == "all")
+        self.slots = [
+            Slot(nth * len(devices) + index, device, device, nth)
+            for nth in range(settings.workers_per_device)
+            for index, device in enumerate(devices)
+        ]
+        self._broker = Broker(settings, patience_s=0.0)  # never waits for a Redis that is away
+        self._reaper = Reaper(self._broker, settings.lease_s)
         self._housekeeping = Housekeeping(settings)
         self._stopping = threading.Event()
-        self._dead: list[str] = []  # workers whose runs are still to be taken back
-        self._away = True  # as we may have come up together with a Redis that was
-        self._next_reap = self._next_reconcile = 0.0
+        self._next_look = self._next_gpu_look = 0.0
 
     def stop(self) -> None:
         """Ask for a drain; safe from a signal handler."""
@@ -69,103 +65,203 @@ class Supervisor:
 
     def run(self) -> int:
         """Watch over the children until stopped; returns the process's exit code."""
-        log.info("supervisor_started", devices=[slot.device for slot in self.slots], models=list(self.settings.models))
+        log.info("supervisor_started", devices=[slot.home for slot in self.slots], models=list(self.settings.models))
         self._housekeeping.start()
         while not self._stopping.wait(TICK_S):
-            for slot in self.slots:
-                self._watch(slot)
-            self._take_back()
+            self.tick()
         self._housekeeping.stop()
         self._drain()
         log.info("supervisor_stopped")
         return 0
 
-    def _watch(self, slot: Slot) -> None:
+    def tick(self) -> None:
+        """Look after every child once."""
         now = time.monotonic()
-        if slot.process is None:
-            if now >= slot.restart_at:
-                self._start(slot)
-            return
-        code = slot.process.poll()
-        if code is None:
-            return
-        lived = now - slot.started
-        if code == BAD_CONFIGURATION:
-            slot.backoff_s = LONGEST_BACKOFF_S
-        elif lived >= STEADY_S:
-            slot.backoff_s = 0.0
-        log.warning("worker_died", worker=slot.name, gpu=slot.device, exit_code=code, restart_in_s=slot.backoff_s)
-        self._bury(slot)
-        slot.restart_at = now + slot.backoff_s
-        slot.backoff_s = min(LONGEST_BACKOFF_S, max(FIRST_BACKOFF_S, slot.backoff_s * 2))
+        look, look_at_gpu = now >= self._next_look, now >= self._next_gpu_look
+        if look:
+            self._next_look = now + LOOK_INTERVAL_S
+        if look_at_gpu:
+            self._next_gpu_look = now + GPU_INTERVAL_S
+        for slot in self.slots:
+            if look_at_gpu and slot.home != gpu.CPU:
+                self._look_at_gpu(slot)
+            if slot.child is None:
+                if now >= slot.restart_at and not (slot.lost and slot.device == slot.home):
+                    self._start(slot)
+            else:
+                self._watch(slot, slot.child, look=look)
+        self._reaper.tick()
+
+    # A child's life
 
     def _start(self, slot: Slot) -> None:
-        slot.name = f"{_host()}.{'cpu' if slot.device == gpu.CPU else 'gpu'}{slot.index}.{secrets.token_hex(3)}"
-        child_end, slot.parent_pipe = os.pipe()
-        command = [sys.executable, "-m", "worker", "child", slot.name, slot.device, str(child_end)]
-        slot.process = subprocess.Popen(
-            command, env=self._environment(slot), pass_fds=(child_end,), stdin=subprocess.DEVNULL
+        if slot.home != gpu.CPU and slot.lock is None:
+            slot.lock = devicelock.acquire(f"{slot.home}.{slot.nth}")
+            if slot.lock is None:
+                log.warning("gpu_in_use", gpu=slot.home, by="another supervisor's worker")
+                slot.restart_at = time.monotonic() + FIRST_BACKOFF_S
+                return
+        name = f"{_host()}.{'cpu' if slot.device == gpu.CPU else 'gpu'}{slot.index}.{secrets.token_hex(3)}"
+        drift = Drift(
+            limit_mb=self.settings.drift_mb,
+            window_s=self.settings.drift_window_s,
+            warmup_s=self.settings.drift_warmup_s,
         )
-        os.close(child_end)
-        slot.started = time.monotonic()
-        log.info("worker_started", worker=slot.name, gpu=slot.device, pid=slot.process.pid)
+        inherit = [] if slot.lock is None else [slot.lock]
+        slot.child = spawn(name, slot.device, environment=self._environment(slot), drift=drift, inherit=inherit)
+        log.info("worker_started", worker=name, gpu=slot.device, pid=slot.child.process.pid)
 
     def _environment(self, slot: Slot) -> dict[str, str]:
-        if slot.device == gpu.CPU:
-            share = max(1, (os.cpu_count() or 1) // len(self.slots))
-            threads = str(self.settings.cpu_threads or share)
-            return child_environment(self.settings, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=threads)
-        # NVML counts by bus order, so CUDA must as well, or we would watch one GPU and use another
-        return child_environment(self.settings, CUDA_VISIBLE_DEVICES=slot.device, CUDA_DEVICE_ORDER="PCI_BUS_ID")
+        if slot.device != gpu.CPU:
+            # NVML counts by bus order, so CUDA must as well, or we would watch one GPU and use another
+            return child_environment(self.settings, CUDA_VISIBLE_DEVICES=slot.device, CUDA_DEVICE_ORDER="PCI_BUS_ID")
+        share = max(1, (os.cpu_count() or 1) // len(self.slots))
+        extra = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(self.settings.cpu_threads or share)}
+        if slot.home != gpu.CPU:  # standing in for a GPU, whose limits it cannot keep
+            extra |= {"ZFLEET_RUN_LIMITS": "false", "ZFLEET_STEP_LIMIT_S": str(self.settings.load_limit_s)}
+        return child_environment(self.settings, **extra)
 
-    def _bury(self, slot: Slot) -> None:
-        os.close(slot.parent_pipe)
-        self._dead.append(slot.name)
-        slot.process = None
-        self._take_back()
-
-    def _take_back(self) -> None:
+    def _watch(self, slot: Slot, child: Child, *, look: bool) -> None:
+        code = child.process.poll()
+        if code is not None:
+            self._ended(slot, child, code)
+            return
+        if child.buried:
+            return  # killed, and not gone yet
         now = time.monotonic()
-        try:
-            if self._away:
-                self._broker.probe()
-                self._away = False
-                # every lease may have run out meanwhile: let the living renew theirs before any is reaped
-                self._next_reap = self._next_reconcile = now + self.settings.lease_s
-            while self._dead:
-                self._log(self._broker.reap(self._dead[0]))
-                self._dead.pop(0)
-            if now >= self._next_reap:
-                self._next_reap = now + REAP_INTERVAL_S
-                self._log(self._broker.reap())
-            if now >= self._next_reconcile:
-                self._next_reconcile = now + RECONCILE_INTERVAL_S
-                for task_id in self._broker.reconcile():
-                    log.warning("task_put_back", task_id=task_id)
-        except RedisUnavailable:
-            if not self._away:
-                log.warning("redis_away")
-            self._away = True
+        stalled = stall(child.watch(), self.settings)
+        if stalled:
+            self._kill(child, stalled.cause, stalled.tripped)
+        elif child.leave_by is not None and now > child.leave_by:
+            self._kill(child, "drain took too long")
+        elif look and child.is_zombie():
+            self._kill(child, "zombie")
+        elif look and child.leave_by is None:
+            self._look_at_memory(child, now)
 
-    def _log(self, reaped: list[Reaped]) -> None:
-        for task_id, outcome, worker, request_id in reaped:
-            log.warning("task_reaped", task_id=task_id, outcome=outcome, worker=worker, request_id=request_id)
+    def _look_at_memory(self, child: Child, now: float) -> None:
+        if child.ready_at is None or not child.drift.due(now - child.ready_at):
+            return
+        sample = child.memory()
+        grown = child.drift.grown(now - child.ready_at, sample) if sample else None
+        if grown:
+            log.warning("worker_recycled", worker=child.name, cause=f"{grown.what} memory", grown_mb=grown.mb)
+            child.recycled = True
+            self._ask_to_leave(child)
+
+    def _ask_to_leave(self, child: Child) -> None:
+        child.leave_by = time.monotonic() + self.settings.drain_s + KILL_MARGIN_S
+        child.process.send_signal(signal.SIGTERM)
+
+    def _kill(self, child: Child, cause: str, tripped: Sequence[OnDevice] = ()) -> None:
+        log.warning("worker_killed", worker=child.name, gpu=child.device, cause=cause)
+        for task in tripped:
+            log.warning("fuse_tripped", task_id=task.task_id, cause=task.cause, worker=child.name)
+        child.process.kill()
+        try:
+            child.process.wait(KILL_WAIT_S)
+        except subprocess.TimeoutExpired:
+            log.error("worker_will_not_die", worker=child.name, pid=child.process.pid)
+        self._bury(child, tripped)
+
+    def _ended(self, slot: Slot, child: Child, code: int) -> None:
+        now = time.monotonic()
+        if code == BAD_CONFIGURATION:
+            slot.backoff_s = LONGEST_BACKOFF_S
+        elif child.recycled or now - child.started >= STEADY_S:
+            slot.backoff_s = 0.0
+        if not child.recycled:
+            log.warning("worker_died", worker=child.name, gpu=child.device, exit_code=code, restart_in_s=slot.backoff_s)
+        self._bury(child)
+        slot.child = None
+        slot.restart_at = now + slot.backoff_s
+        if not child.recycled:
+            slot.backoff_s = min(LONGEST_BACKOFF_S, max(FIRST_BACKOFF_S, slot.backoff_s * 2))
+        if slot.home != gpu.CPU:
+            self._look_at_gpu(slot)
+
+    def _bury(self, child: Child, tripped: Sequence[OnDevice] = ()) -> None:
+        if child.buried:
+            return
+        child.buried = True
+        suspects = [task for task in child.heartbeat.read().on_device if task not in tripped]
+        child.close()
+        self._reaper.bury(Burial(child.name, suspects, tripped))
+
+    # A GPU that is lost, and found
+
+    def _look_at_gpu(self, slot: Slot) -> None:
+        lost = gpu.lost(int(slot.home))
+        if lost != slot.lost:
+            slot.lost = lost
+            slot.device = gpu.CPU if lost and self.settings.gpu_lost == "cpu" else slot.home
+            slot.backoff_s = 0.0
+            if lost:
+                log.error("gpu_lost", gpu=slot.home, until_it_is_back=self.settings.gpu_lost)
+            else:
+                log.info("gpu_back", gpu=slot.home)
+            child = slot.child
+            if child and child.leave_by is None and (lost or child.device != slot.device):
+                child.recycled = True
+                self._ask_to_leave(child)
+        if slot.lost:
+            self._report_lost(slot)
+
+    def _report_lost(self, slot: Slot) -> None:
+        now = datetime.now(UTC)
+        card = WorkerCard(
+            name=f"{_host()}.gpu{slot.home}.lost", host=socket.gethostname(), pid=os.getpid(), state="lost",
+            device=f"cuda:{slot.home}", models=[], models_loaded=[], capacity=0, running=[], images_done=0, rss_mb=0,
+            started_at=now, seen_at=now,
+        )  # fmt: skip
+        try:
+            self._broker.beat(card, [], 1)
+        except RedisUnavailable:
+            log.warning("redis_away")
+
+    # The end
 
     def _drain(self) -> None:
-        living = [slot for slot in self.slots if slot.process]
-        for slot in living:
-            assert slot.process
-            slot.process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + self.settings.drain_s + KILL_MARGIN_S
-        for slot in living:
-            assert slot.process
-            try:
-                slot.process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning("worker_killed", worker=slot.name, cause="drain took too long")
-                slot.process.kill()
-                slot.process.wait()
-            self._bury(slot)
+        living = [slot.child for slot in self.slots if slot.child]
+        for child in living:
+            if child.leave_by is None:
+                self._ask_to_leave(child)
+        while living:
+            living = [child for child in living if not self._has_left(child)]
+            time.sleep(TICK_S / 10)
+
+    def _has_left(self, child: Child) -> bool:
+        if child.process.poll() is None:
+            assert child.leave_by is not None
+            stalled = None if child.buried else stall(child.watch(), self.settings)
+            if stalled:
+                self._kill(child, stalled.cause, stalled.tripped)
+            elif time.monotonic() > child.leave_by and not child.buried:
+                self._kill(child, "drain took too long")
+            return child.buried
+        self._bury(child)
+        return True
+
+
+def large_enough(devices: Sequence[str], catalogue: Catalogue, *, skip: bool) -> list[str]:
+    """Return the devices that can hold all models of the catalogue at once.
+
+    Raises ConfigurationError, saying both sizes, for the first GPU that cannot; with `skip`, only if no device is left.
+    """
+    needed = sum(spec.memory_mb for spec in catalogue.values())
+    models = " and ".join(catalogue)
+    fitting, refusals = [], []
+    for device in devices:
+        total = None if device == gpu.CPU else gpu.memory_mb(int(device))
+        if total is None or total >= needed:
+            fitting.append(device)
+        else:
+            refusals.append(f"GPU {device} has {total} MiB of memory, but {models} need {needed} MiB")
+    if refusals and (not skip or not fitting):
+        raise ConfigurationError(f"{refusals[0]}; serve a smaller model on it, or leave it out of ZFLEET_DEVICES")
+    for refusal in refusals:
+        log.error("gpu_left_out", reason=refusal)
+    return fitting
 
 
 def _host() -> str:

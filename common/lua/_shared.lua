@@ -66,6 +66,8 @@ local function requeue(id, model, priority, tenant, queue)
   redis.call('HSET', K.TASK .. id, 'status', 'queued', 'worker', '', 'step', 0)
   redis.call('HSET', K.RQ_JOB .. id, 'status', 'queued', 'worker_name', '')
   redis.call('LPUSH', K.RQ_QUEUE .. queue, id)
+  local deadline = tonumber(redis.call('HGET', K.TASK .. id, 'deadline_at') or '0')
+  if deadline > 0 then redis.call('ZADD', K.DEADLINES, deadline, id) end
   make_ready(model, priority, tenant)
   publish(id, 'queued')
   ring(model)
@@ -84,8 +86,15 @@ local function settle(id, queue, status, error, now, retention_ms)
   redis.call('PEXPIREAT', K.TASK .. id, gone)
   redis.call('PEXPIREAT', K.RQ_JOB .. id, expires)
   redis.call('ZREM', K.OPEN, id)
+  redis.call('ZREM', K.DEADLINES, id)
   local registry = REGISTRY[status] .. queue
   redis.call('ZREMRANGEBYSCORE', registry, 0, math.floor(now / 1000))
   redis.call('ZADD', registry, math.floor(expires / 1000), id)
   publish(id, status)
+end
+
+-- Ends a queued task that nobody began in time. The caller has taken it out of its queue.
+local function expire(id, queue, now, retention_ms)
+  local error = {code = 'deadline_exceeded', message = 'the deadline passed before a worker was free', retryable = true}
+  settle(id, queue, 'expired', cjson.encode(error), now, retention_ms)
 end

@@ -1,15 +1,16 @@
 -- Takes tasks for a worker until `room` pictures are reached: priority first, then fair share among tenants, then FIFO.
 -- A task leaves its queue, gets its fence and its lease in one go: there is no in-between in which it could be lost.
 -- ARGV: worker, gpu, token (new for each claim, the same when re-sent), room, lease_ms, retention_ms, model …
--- Returns {'suspended'|'ok', {id, fence, queue, queued_ms, deadline_in_ms, request, request_id} …}
+-- Returns {'suspended'|'ok', {id, fence, queue, queued_ms, deadline_in_ms, request, request_id, alone (1|0)} …}
 local worker, gpu, token, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local lease_ms, retention_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local now = now_ms()
 
 local function describe(id, fence)
-  local r = redis.call('HMGET', K.TASK .. id, 'queue', 'created_at', 'deadline_at', 'request', 'request_id')
+  local r = redis.call('HMGET', K.TASK .. id, 'queue', 'created_at', 'deadline_at', 'request', 'request_id', 'alone')
   local deadline = tonumber(r[3])
-  return {id, fence, r[1], now - r[2], deadline > 0 and math.max(1, deadline - now) or 0, r[4], r[5]}
+  return {id, fence, r[1], now - r[2], deadline > 0 and math.max(1, deadline - now) or 0, r[4], r[5],
+    r[6] and 1 or 0}
 end
 
 local last = redis.call('GET', K.CLAIM .. worker)
@@ -19,7 +20,10 @@ if last then
     local again = {'ok'}
     for _, run in ipairs(claim.runs) do
       local r = redis.call('HMGET', K.TASK .. run[1], 'status', 'fence', 'worker')
-      if r[1] == 'running' and tonumber(r[2]) == run[2] and r[3] == worker then again[#again + 1] = describe(run[1], run[2]) end
+      if r[1] == 'running' and tonumber(r[2]) == run[2] and r[3] == worker then
+        redis.call('ZADD', K.LEASES, now + lease_ms, run[1])
+        again[#again + 1] = describe(run[1], run[2])
+      end
     end
     return again
   end
@@ -32,6 +36,7 @@ local function take(id, queue)
   redis.call('HSET', key, 'status', 'running', 'worker', worker, 'started_at', now, 'step', 0, 'attempt:' .. fence,
     cjson.encode({worker = worker, gpu = gpu, started_at = now}))
   redis.call('ZADD', K.LEASES, now + lease_ms, id)
+  redis.call('ZREM', K.DEADLINES, id)
   -- +inf keeps RQ's own janitor off a run that our leases watch, while its counts stay right
   redis.call('ZADD', K.RQ_STARTED .. queue, '+inf', id .. ':' .. fence)
   redis.call('HSET', K.RQ_JOB .. id, 'status', 'started', 'started_at', iso(now), 'worker_name', worker)
@@ -57,9 +62,7 @@ local function next_task(queue)
     elseif r[1] == 'queued' then
       local deadline = tonumber(r[2])
       if deadline > 0 and deadline <= now then
-        local error = {code = 'deadline_exceeded', message = 'the deadline passed before a worker was free',
-          retryable = true}
-        settle(id, queue, 'expired', cjson.encode(error), now, retention_ms)
+        expire(id, queue, now, retention_ms)
       else
         return id, tonumber(r[3]), tonumber(r[4])
       end

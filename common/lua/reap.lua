@@ -1,7 +1,7 @@
--- Takes back the runs of a dead worker, or those whose lease ran out: to the head of their queue, one crash counted; a
--- task that has used up its crashes is quarantined as failed.
--- ARGV: worker ('' for every lease that ran out), crash_limit, retention_ms, limit
--- Returns {id, 'requeued'|'quarantined'|'canceled', worker, request_id …}
+-- Takes back the runs of a dead worker, or those whose lease ran out: to the head of their queue. One crash is counted
+-- for each suspect, which from then on runs alone; a task that has used up its crashes is quarantined as failed.
+-- ARGV: worker ('' for every lease that ran out: then all are suspects), crash_limit, retention_ms, limit, suspect id …
+-- Returns {id, 'requeued'|'given_back'|'quarantined'|'canceled', worker, request_id …}
 local worker, crash_limit, retention_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = now_ms()
 local ids
@@ -10,6 +10,9 @@ if worker == '' then
 else
   ids = redis.call('ZRANGE', K.LEASES, 0, -1)
 end
+
+local suspects = {}
+for i = 5, #ARGV do suspects[ARGV[i]] = true end
 
 local reaped = {}
 local function note(id, what, owner, request_id)
@@ -21,8 +24,12 @@ for _, id in ipairs(ids) do
   if r[1] ~= 'running' then
     redis.call('ZREM', K.LEASES, id)
   elseif worker == '' or r[8] == worker then
-    local crashes = redis.call('HINCRBY', K.TASK .. id, 'crashes', 1)
-    end_attempt(id, r[3], r[2], worker == '' and 'lost' or 'crashed', now)
+    local suspect, crashes = worker == '' or suspects[id], 0
+    if suspect then
+      crashes = redis.call('HINCRBY', K.TASK .. id, 'crashes', 1)
+      redis.call('HSET', K.TASK .. id, 'alone', 1)
+    end
+    end_attempt(id, r[3], r[2], worker == '' and 'lost' or suspect and 'crashed' or 'released', now)
     if r[7] then
       settle(id, r[3], 'canceled', '', now, retention_ms)
       note(id, 'canceled', r[8], r[9])
@@ -33,7 +40,7 @@ for _, id in ipairs(ids) do
       note(id, 'quarantined', r[8], r[9])
     else
       requeue(id, r[4], r[5], r[6], r[3])
-      note(id, 'requeued', r[8], r[9])
+      note(id, suspect and 'requeued' or 'given_back', r[8], r[9])
     end
   end
 end

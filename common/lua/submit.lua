@@ -30,6 +30,7 @@ redis.call('HSET', K.RQ_JOB .. id, 'created_at', iso(now), 'enqueued_at', iso(no
 redis.call('SADD', K.RQ_QUEUES, list)
 redis.call('RPUSH', list, id)
 redis.call('ZADD', K.OPEN, now, id)
+if deadline > 0 then redis.call('ZADD', K.DEADLINES, deadline, id) end
 local mine = K.TENANT_TASKS .. tenant
 redis.call('ZADD', mine, now, id)
 redis.call('ZREMRANGEBYSCORE', mine, 0, now - K.TOMBSTONE_FACTOR * retention_ms)

@@ -130,7 +130,7 @@ def test_an_outage_longer_than_the_lease_doubles_nothing(fleet_settings: Setting
             time.sleep(3.0)
             redis_server.start()
             for task in await_final(broker, task_ids):
-                assert [attempt.outcome for attempt in task.attempts] == ["succeeded"]
+                assert [attempt.outcome for attempt in task.attempts] == ["released", "succeeded"]
 
 
 def test_a_frozen_worker_that_thaws_is_refused(broker: Broker, fleet_settings: Settings, tmp_path: Path) -> None:

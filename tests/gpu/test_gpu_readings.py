@@ -14,3 +14,9 @@ def test_the_driver_gives_every_figure() -> None:
     assert reading is not None
     assert reading.memory_total_mb and reading.memory_total_mb > (reading.memory_used_mb or 0)
     assert None not in (reading.utilisation_percent, reading.temperature_c, reading.power_w)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_there_is_not_lost() -> None:
+    assert not gpu.lost(0)
+    assert (gpu.memory_mb(0) or 0) > 1000

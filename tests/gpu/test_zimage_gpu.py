@@ -12,6 +12,7 @@ import torch
 from diffusers import ZImagePipeline
 from numpy.typing import NDArray
 
+from common.errors import OutOfMemory
 from common.models import BUILT_IN, ModelSpec
 from worker import pico
 from worker.pipelines.base import ImageRequest
@@ -143,3 +144,19 @@ def test_a_picture_leaves_the_gpu_as_an_array(pipeline: Pipeline) -> None:
     array = pipeline.finish(run)
     assert array.dtype == np.uint8
     assert array.shape == (run.request.height, run.request.width, 3)
+
+
+def test_after_out_of_memory_the_next_picture_is_made(pipeline: Pipeline) -> None:
+    total = torch.cuda.mem_get_info()[1]
+    run = pipeline.start(requests(1)[0])
+    crowd = [pipeline.start(request) for request in requests(2) * 64]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + MIB) / total)
+    try:
+        with pytest.raises(OutOfMemory):
+            pipeline.step(crowd)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    pipeline.release_memory()
+    while not run.done:
+        pipeline.step([run])
+    assert pipeline.finish(run).any()

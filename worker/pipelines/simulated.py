@@ -1,18 +1,28 @@
-"""A stand-in for a GPU in load and fault tests: it takes a set time per step and draws a gradient. No torch."""
+"""A stand-in for a GPU in load and fault tests: it takes a set time per step and draws a gradient. No torch.
+
+With the option `faults` in the models file it also fails as GPUs do, for prompts that say so: `[crash]` kills the
+worker, `[hang]` never returns from a step, `[oom]` does not fit into memory, `[crowded]` not beside others, `[lost]`
+takes the device with it, `[leak]` keeps LEAK_MB more at every step.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import DeviceFailed, OutOfMemory
 from worker.pipelines.base import BasePipeline, ImageRequest, Run
 
 DEFAULT_IMAGE_MS = 320.0  # for all steps of a picture together
 DEFAULT_LOAD_MS = 0.0
 IN_TIME_S = 0.005  # a caller back this soon kept the device busy: a GPU has work queued up meanwhile
+LEAK_MB = 50
 CATCH_UP_S = 0.1  # a sleep that overshot by more was no slow timer but a stopped process, and that time is lost
 
 
@@ -24,6 +34,7 @@ class Pipeline(BasePipeline):
 
     _ends = 0.0  # time.monotonic() at which the last step was due to end
     _woke = 0.0  # and at which it really did
+    _leaked: bytes = b""
 
     def load(self) -> None:
         """Wait `load_ms`."""
@@ -40,6 +51,8 @@ class Pipeline(BasePipeline):
         """Wait as long as one step of this batch takes, then count it."""
         if not runs:
             return
+        if self.spec.options.get("faults"):
+            self._go_wrong(runs)
         image_s = self._option("image_ms", DEFAULT_IMAGE_MS) / 1000
         now = time.monotonic()
         begins = max(self._ends, now - CATCH_UP_S) if now - self._woke <= IN_TIME_S else now
@@ -59,6 +72,19 @@ class Pipeline(BasePipeline):
         right = corners[0, 1] * (1 - down) + corners[1, 1] * down
         picture: NDArray[np.uint8] = (left * (1 - across) + right * across).astype(np.uint8)
         return picture
+
+    def _go_wrong(self, runs: Sequence[Run]) -> None:
+        for prompt in (run.request.prompt for run in runs):
+            if "[crash]" in prompt:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if "[hang]" in prompt:
+                threading.Event().wait()
+            if "[oom]" in prompt or ("[crowded]" in prompt and len(runs) > 1):
+                raise OutOfMemory("the simulated device has no memory left for this picture")
+            if "[lost]" in prompt:
+                raise DeviceFailed("the simulated device has failed")
+            if "[leak]" in prompt:
+                self._leaked += os.urandom(1 << 20) * LEAK_MB
 
     def _option(self, name: str, default: float) -> float:
         return float(self.spec.options.get(name, default))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from common.errors import ModelLoadFailed, PipelineFailed
+from common.errors import DeviceFailed, ModelLoadFailed, OutOfMemory, PipelineFailed
 from common.models import SIZE_MULTIPLE
 from worker import pico
 from worker.pipelines.base import BasePipeline, ImageRequest, Run
 
 CAPTION_MULTIPLE = 32  # tokens: the transformer pads every caption to a multiple of this
 MIB = 1 << 20
+NO_MEMORY = "the picture does not fit into the GPU's memory; ask for a smaller one, or for fewer at a time"
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Tell what a device does to a call by its name: OutOfMemory after which all goes on, DeviceFailed after which
+    nothing does, as CUDA's context is then broken for the whole process.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(NO_MEMORY) from error
+    except RuntimeError as error:  # torch.AcceleratorError, and what cuBLAS and cuDNN report through torch
+        text = str(error)
+        if "out of memory" in text or "ALLOC_FAILED" in text:
+            raise OutOfMemory(NO_MEMORY) from error
+        if isinstance(error, torch.AcceleratorError) or text.startswith(("CUDA error", "cuDNN error")):
+            raise DeviceFailed(f"the GPU has failed: {text.splitlines()[0]}") from error
+        raise
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,6 +82,7 @@ class Pipeline(BasePipeline):
         except Exception as error:  # the libraries raise nearly anything for a broken checkpoint
             raise ModelLoadFailed(self._load_remedy(error)) from error
 
+    @_named_errors()
     @torch.inference_mode()
     def start(self, request: ImageRequest) -> Run:
         """Encode the prompt, draw the latents and lay out the steps.
@@ -85,6 +106,7 @@ class Pipeline(BasePipeline):
             deltas=tuple(sigmas.diff().tolist()),
         )
 
+    @_named_errors()
     @torch.inference_mode()
     def step(self, runs: Sequence[Run]) -> None:
         """Advance every run by one Euler step: x += (sigma' - sigma) v, with v minus the transformer's output.
@@ -116,6 +138,7 @@ class Pipeline(BasePipeline):
             run.latents = latents
             run.step += 1
 
+    @_named_errors()
     @torch.inference_mode()
     def finish(self, run: Run) -> NDArray[np.uint8]:
         """Decode a run that is done into an array of shape (height, width, 3); raises PipelineFailed for NaNs."""

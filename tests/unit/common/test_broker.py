@@ -317,13 +317,30 @@ def test_the_third_crash_quarantines(broker: Broker, submit: SubmitFn) -> None:
     outcomes = []
     for worker in ("w1", "w2", "w3"):
         claim_one(broker, worker)
-        outcomes += [reaped.outcome for reaped in broker.reap(worker)]
+        outcomes += [reaped.outcome for reaped in broker.reap(worker, [task_id])]
     assert outcomes == ["requeued", "requeued", "quarantined"]
     record = broker.view(task_id)
     assert record is not None
     assert record.error is not None
     assert (record.status, record.error.code) == (TaskStatus.FAILED, "worker_crashed")
     assert [attempt.outcome for attempt in record.attempts] == ["crashed"] * 3
+
+
+def test_a_crash_is_counted_for_those_on_the_device_alone(broker: Broker, submit: SubmitFn) -> None:
+    suspect, waiting = submit(), submit()
+    for _ in range(5):
+        broker.claim("w1", "cpu", ["simulated"], 2)
+        assert {(reaped.task_id, reaped.outcome) for reaped in broker.reap("w1")} == {
+            (suspect, "given_back"),
+            (waiting, "given_back"),
+        }
+    broker.claim("w1", "cpu", ["simulated"], 2)
+    broker.reap("w1", [suspect])
+    again = {task.task_id: task.alone for task in broker.claim("w1", "cpu", ["simulated"], 2).tasks}
+    assert again == {suspect: True, waiting: False}
+    record = broker.view(waiting)
+    assert record is not None
+    assert {attempt.outcome for attempt in record.attempts[:-1]} == {"released"}
 
 
 def test_sixteen_reapers_requeue_once(broker: Broker, submit: SubmitFn) -> None:
@@ -337,6 +354,39 @@ def test_sixteen_reapers_requeue_once(broker: Broker, submit: SubmitFn) -> None:
         thread.join()
     assert len(reaped) == 1
     assert broker.queues()[0].queued == 1
+
+
+def test_a_queued_task_expires_at_its_deadline_with_no_worker_about(broker: Broker, submit: SubmitFn) -> None:
+    late, patient = submit(deadline_s=0.001), submit(deadline_s=60.0)
+    threading.Event().wait(0.05)
+    assert broker.expire() == [late]
+    assert broker.expire() == []
+    record = broker.view(late)
+    assert record is not None
+    assert record.error is not None
+    assert (record.status, record.error.code) == (TaskStatus.EXPIRED, "deadline_exceeded")
+    assert claim_one(broker).task_id == patient
+
+
+def test_a_task_given_back_still_expires_at_its_deadline(broker: Broker, submit: SubmitFn) -> None:
+    submit(deadline_s=0.2)
+    task = claim_one(broker)
+    broker.release("w1", hold(task))
+    threading.Event().wait(0.3)
+    assert broker.expire() == [task.task_id]
+
+
+def test_a_claim_sent_again_renews_its_leases(
+    settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.broker.secrets.token_hex", lambda _: "same")
+    broker = Broker(settings.model_copy(update={"lease_s": 0.3}))
+    submit_id = submit()
+    claim_one(broker)
+    threading.Event().wait(0.2)
+    assert claim_one(broker).task_id == submit_id
+    threading.Event().wait(0.2)
+    assert broker.reap() == []
 
 
 def test_a_deadline_that_passes_in_the_queue_expires_the_task(broker: Broker, submit: SubmitFn) -> None:
@@ -450,6 +500,9 @@ def test_nothing_is_left_when_everything_is_final(broker: Broker, submit: Submit
         submit()
     for status_ in ("succeeded", "failed", "canceled"):
         broker.finish("w1", hold(claim_one(broker)), status_)
+    submit(deadline_s=0.001)
+    threading.Event().wait(0.05)
+    assert len(broker.expire()) == 1
     for _ in range(3):
         claim_one(broker)
         for reaped in broker.reap("w1"):
@@ -458,6 +511,7 @@ def test_nothing_is_left_when_everything_is_final(broker: Broker, submit: Submit
     for key in (
         keys.OPEN,
         keys.LEASES,
+        keys.DEADLINES,
         keys.RQ_STARTED + QUEUE,
         keys.RQ_QUEUE + QUEUE,
         f"{keys.READY}simulated.normal",

@@ -69,6 +69,21 @@ def test_health_with_a_worker(client: FlaskClient, broker: Broker, worker: FakeW
     assert found.models_loaded == ["pico", "simulated"]
 
 
+def test_a_lost_gpu_degrades_the_fleet_and_is_no_worker(
+    client: FlaskClient, broker: Broker, worker: FakeWorker
+) -> None:
+    lost = FakeWorker(broker, name="host.gpu1.lost")
+    lost.beat(state="lost", device="cuda:1", gpu=None, models=[], capacity=0)
+    found = Health.model_validate_json(client.get("/health").data)
+    assert (found.status, found.workers) == ("degraded", 0)
+    assert [reason.split(" of ")[0] for reason in found.reasons] == ["cuda:1", "no worker is alive"]
+    assert client.get("/ready").status_code == 503
+    worker.beat()
+    found = Health.model_validate_json(client.get("/health").data)
+    assert (found.status, found.workers, len(found.reasons)) == ("degraded", 1, 1)
+    assert client.get("/ready").status_code == 200
+
+
 def test_a_gpu_that_two_workers_share_counts_once(broker: Broker, worker: FakeWorker) -> None:
     worker.beat()
     FakeWorker(broker, name="w2").beat()

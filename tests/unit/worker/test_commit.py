@@ -18,7 +18,7 @@ from common.storage import open_storage
 from tests.conftest import SubmitFn
 from worker.commit import Committer
 from worker.encoding import encode
-from worker.engine import HeldTask
+from worker.held import HeldTask
 
 PIXELS = np.zeros((64, 64, 3), np.uint8)
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from common.errors import DeviceFailed, OutOfMemory
 from common.models import ModelSpec
 from common.records import Claimed
 from tests.conftest import resolved
-from worker.engine import Engine, HeldTask
+from worker.engine import Engine
+from worker.held import HeldTask
 from worker.pipelines.base import BasePipeline, ImageRequest, Run
 
 SPEC = ModelSpec(name="simulated", source="builtin", pipeline="simulated")
@@ -38,12 +40,22 @@ class Recorder(BasePipeline):
 
     def step(self, runs: Sequence[Run]) -> None:
         self.batches.append([run.request.seed for run in runs])
+        for run in runs:
+            self._fit("step", run, runs)
+        if any(run.request.prompt == "lose device" for run in runs):
+            raise DeviceFailed("gone")
         if any(run.request.prompt == "break step" for run in runs):
             raise RuntimeError("out of memory")
         for run in runs:
             run.step += 1
 
+    def _fit(self, where: str, run: Run, runs: Sequence[Run]) -> None:
+        prompt = run.request.prompt
+        if prompt == f"too large to {where}" or (prompt == f"crowded {where}" and max(len(runs), len(self.alive)) > 1):
+            raise OutOfMemory("no memory left")
+
     def finish(self, run: Run) -> NDArray[np.uint8]:
+        self._fit("finish", run, [run])
         if run.request.prompt == "break finish":
             raise RuntimeError
         return np.full((run.request.height, run.request.width, 3), run.request.seed, np.uint8)
@@ -55,21 +67,26 @@ class Recorder(BasePipeline):
 class Bench:
     """An engine over a Recorder, with what it retired."""
 
-    def __init__(self, limit: int = 4, **limits: int) -> None:
+    def __init__(self, limit: int = 4, *, run_limit_s: float | None = None, **limits: int) -> None:
         self.pipeline = Recorder()
         self.retired: list[HeldTask] = []
         self.engine = Engine(
-            pipeline=lambda _: self.pipeline, batch_limits={"simulated": limit, **limits}, retire=self.retired.append
+            pipeline=lambda _: self.pipeline,
+            batch_limits={"simulated": limit, **limits},
+            retire=self.retired.append,
+            run_limits={"simulated": run_limit_s} if run_limit_s else None,
+            fence_after_s=10.0,
         )
 
     def offer(self, seed: int, **changes: object) -> HeldTask:
         deadline_in_s = changes.pop("deadline_in_s", None)
+        alone = bool(changes.pop("alone", False))
         claimed = Claimed(
             task_id=f"task{seed}", fence=1, queue="q", request=resolved(seed=seed, **changes), request_id="",
             queued_ms=0, deadline_in_s=None,
         )  # fmt: skip
         deadline = time.monotonic() + float(str(deadline_in_s)) if deadline_in_s is not None else None
-        task = HeldTask(claimed=claimed, deadline=deadline)
+        task = HeldTask(claimed=claimed, deadline=deadline, alone=alone)
         self.engine.offer(task)
         return task
 
@@ -164,6 +181,87 @@ def test_a_deadline_ends_a_run_at_the_step_boundary() -> None:
     assert late.error is not None
     assert (late.outcome, late.error.code) == ("failed", "deadline_exceeded")
     assert len(bench.pipeline.batches) == 1
+
+
+def test_a_picture_past_its_models_limit_is_stopped_at_the_step_boundary(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(run_limit_s=0.02)
+    late = bench.offer(1, steps=9)
+    bench.engine.turn(0)
+    time.sleep(0.03)
+    quick = bench.offer(2, steps=1)
+    bench.run()
+    assert late.error is not None
+    assert (late.outcome, late.error.code, quick.outcome) == ("failed", "deadline_exceeded", "succeeded")
+    assert "simulated may take 0.02 s" in late.error.message
+    assert bench.pipeline.batches == [[1], [2]]
+    told = [line for line in capsys.readouterr().out.splitlines() if "fuse_tripped" in line]
+    assert len(told) == 1
+    assert "task1" in told[0]
+    assert "run_limit" in told[0]
+
+
+def test_every_picture_of_a_task_has_the_whole_limit() -> None:
+    bench = Bench(limit=1, run_limit_s=0.2)
+    task = bench.offer(1, n=4, steps=2)
+    step = bench.pipeline.step
+    bench.pipeline.step = lambda runs: (time.sleep(0.04), step(runs))[1]  # type: ignore[method-assign]
+    bench.run()
+    assert task.outcome == "succeeded"
+
+
+def test_a_suspect_runs_alone_and_the_others_after_it() -> None:
+    bench = Bench()
+    bench.offer(1, steps=2)
+    bench.engine.turn(0)
+    for seed, alone in ((2, True), (3, True), (4, False), (5, False)):
+        bench.offer(seed, steps=2, alone=alone)
+    assert bench.engine.await_room(0) == 0
+    bench.run()
+    assert bench.pipeline.batches == [[1], [1], [2], [2], [3], [3], [4, 5], [4, 5]]
+    assert bench.engine.await_room(0) == 4
+
+
+@pytest.mark.parametrize("where", ["step", "finish"])
+def test_a_run_that_does_not_fit_beside_others_is_made_alone(where: str) -> None:
+    bench = Bench()
+    tasks = [bench.offer(1, steps=3), bench.offer(2, steps=2, prompt=f"crowded {where}"), bench.offer(3, steps=3)]
+    bench.run()
+    assert [task.outcome for task in tasks] == ["succeeded"] * 3
+    assert bench.pipeline.batches[-2:] == [[2], [2]]
+    assert not bench.pipeline.alive
+
+
+@pytest.mark.parametrize("where", ["step", "finish"])
+def test_a_run_that_does_not_fit_at_all_fails_and_the_next_succeeds(where: str) -> None:
+    bench = Bench()
+    large, other = bench.offer(1, prompt=f"too large to {where}", n=2), bench.offer(2)
+    bench.run()
+    assert large.error is not None
+    assert (large.outcome, large.error.code, other.outcome) == ("failed", "out_of_memory", "succeeded")
+    after = bench.offer(3)
+    bench.run()
+    assert after.outcome == "succeeded"
+    assert not bench.pipeline.alive
+
+
+def test_a_lease_not_renewed_for_long_ends_the_run() -> None:
+    bench = Bench()
+    cut_off, renewed = bench.offer(1, steps=9), bench.offer(2, steps=2)
+    bench.engine.turn(0)
+    cut_off.leased_at -= 11.0
+    bench.run()
+    assert (cut_off.outcome, renewed.outcome) == ("released", "succeeded")
+
+
+def test_a_failed_device_leaves_the_suspects_to_the_supervisor() -> None:
+    bench = Bench(limit=2)
+    suspects = [bench.offer(1, steps=3, prompt="lose device"), bench.offer(2)]
+    waiting = bench.offer(3)
+    with pytest.raises(DeviceFailed):
+        bench.run()
+    bench.engine.abandon()
+    assert [task.outcome for task in (*suspects, waiting)] == [None, None, "released"]
+    assert bench.retired == [waiting]
 
 
 def test_models_take_turns() -> None:

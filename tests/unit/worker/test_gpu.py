@@ -82,3 +82,27 @@ def test_a_driver_that_stumbles_is_no_error(two_gpus: None, monkeypatch: pytest.
     assert gpu.read(0) is not None
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lost)
     assert gpu.read(0) is None
+
+
+def test_a_gpu_that_is_gone_is_told_from_one_that_only_stumbles(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_with(code: int) -> None:
+        def fail(*_: object) -> None:
+            raise pynvml.NVMLError(code)
+
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", fail)
+
+    assert (gpu.memory_mb(0), gpu.lost(0)) == (1000, False)
+    for code, lost in (
+        (pynvml.NVML_ERROR_GPU_IS_LOST, True),
+        (pynvml.NVML_ERROR_UNKNOWN, True),
+        (pynvml.NVML_ERROR_IN_USE, False),
+        (pynvml.NVML_ERROR_TIMEOUT, False),
+    ):
+        fail_with(code)
+        assert gpu.lost(0) is lost
+
+
+def test_a_driver_that_went_away_took_its_gpus_with_it(no_driver: None) -> None:
+    assert gpu.lost(0)

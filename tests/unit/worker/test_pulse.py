@@ -13,7 +13,7 @@ from common.schemas import WorkerCard
 from common.settings import Settings
 from tests.conftest import SubmitFn
 from tests.servers import eventually
-from worker.engine import HeldTask
+from worker.held import HeldTask
 from worker.pipelines.base import ImageRequest, Run
 from worker.pulse import Pulse
 

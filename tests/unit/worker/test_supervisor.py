@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -9,11 +10,14 @@ import time
 import pytest
 
 from common.broker import Broker
-from common.errors import ConfigurationError, RedisUnavailable
+from common.errors import ConfigurationError
+from common.models import load_catalogue
 from common.settings import Settings
-from tests.conftest import SubmitFn
-from worker import supervisor
-from worker.supervisor import Slot, Supervisor
+from worker import gpu, supervisor
+from worker import slot as slots
+from worker.heartbeat import Stage
+from worker.slot import Slot
+from worker.supervisor import Supervisor, large_enough
 
 
 @pytest.fixture
@@ -24,18 +28,29 @@ def watcher(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     def start(_command: list[str], **options: object) -> subprocess.Popen[bytes]:
         return real([sys.executable, "-c", "raise SystemExit(1)"], pass_fds=options["pass_fds"])  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(supervisor.subprocess, "Popen", start)  # type: ignore[attr-defined]
+    monkeypatch.setattr(slots.subprocess, "Popen", start)  # type: ignore[attr-defined]
     return Supervisor(settings)
+
+
+@pytest.fixture
+def sleeping_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that do nothing until SIGTERM."""
+    real = subprocess.Popen
+
+    def start(_command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return real(["sleep", "60"], pass_fds=options["pass_fds"])  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(slots.subprocess, "Popen", start)  # type: ignore[attr-defined]
 
 
 def crash(watcher: Supervisor, slot: Slot) -> float:
     """Start the slot's child, let it die, and return how long its successor has to wait."""
     slot.restart_at = 0.0
-    watcher._watch(slot)
-    assert slot.process is not None
-    slot.process.wait()
+    watcher.tick()
+    assert slot.child is not None
+    slot.child.process.wait()
     before = time.monotonic()
-    watcher._watch(slot)
+    watcher.tick()
     return round(slot.restart_at - before, 1)
 
 
@@ -49,11 +64,11 @@ def test_a_child_that_lived_long_starts_afresh(watcher: Supervisor) -> None:
     for _ in range(4):
         crash(watcher, slot)
     slot.restart_at = 0.0
-    watcher._watch(slot)
-    assert slot.process is not None
-    slot.process.wait()
-    slot.started -= supervisor.STEADY_S
-    watcher._watch(slot)
+    watcher.tick()
+    assert slot.child is not None
+    slot.child.process.wait()
+    slot.child.started -= supervisor.STEADY_S
+    watcher.tick()
     assert slot.restart_at <= time.monotonic()
 
 
@@ -61,59 +76,123 @@ def test_every_incarnation_has_a_name_of_its_own(watcher: Supervisor) -> None:
     (slot,) = watcher.slots
     names = []
     for _ in range(3):
-        crash(watcher, slot)
-        names.append(slot.name)
+        slot.restart_at = 0.0
+        watcher.tick()
+        assert slot.child is not None
+        names.append(slot.child.name)
+        slot.child.process.wait()
+        watcher.tick()
     assert len(set(names)) == 3
-
-
-def test_a_dead_childs_runs_are_taken_back_even_if_redis_was_away(
-    watcher: Supervisor, broker: Broker, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (slot,) = watcher.slots
-    submit()
-    reap = watcher._broker.reap
-
-    def away(_worker: str = "") -> list[object]:
-        raise RedisUnavailable("away")
-
-    watcher._take_back()
-    monkeypatch.setattr(watcher._broker, "reap", away)
-    watcher._watch(slot)
-    broker.claim(slot.name, "cpu", ["simulated"], 1)
-    assert slot.process is not None
-    slot.process.wait()
-    watcher._watch(slot)
-    assert broker.queues()[0].running == 1
-    monkeypatch.setattr(watcher._broker, "reap", reap)
-    watcher._take_back()
-    assert (broker.queues()[0].running, broker.queues()[0].queued) == (0, 1)
-
-
-def test_after_an_outage_leases_get_a_term_to_be_renewed(watcher: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(watcher._broker, "reap", lambda worker="": calls.append(worker) or [])
-    away = [False, True, True, False, False]  # Redis, at each tick
-
-    def probe() -> None:
-        if away[0]:
-            raise RedisUnavailable("away")
-
-    monkeypatch.setattr(watcher._broker, "probe", probe)
-    seen = []
-    for is_away in away:
-        away[0] = is_away
-        if is_away:
-            watcher._away = True  # as any call that fails sets it
-        watcher._take_back()
-        seen.append((watcher._away, watcher._next_reap > time.monotonic() + watcher.settings.lease_s - 1))
-    assert seen == [(False, True), (True, True), (True, True), (False, True), (False, True)]
-    assert calls == []
-    watcher._next_reap = 0.0
-    watcher._take_back()
-    assert calls == [""]
 
 
 @pytest.mark.parametrize("changes", [{"models": ("nope",)}, {"devices": "9"}, {"storage": "tape"}])
 def test_a_wrong_setting_is_told_before_any_child_starts(settings: Settings, changes: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError):
         Supervisor(settings.model_copy(update=changes))
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """GPUs by index with their memory in MiB, in place of a driver; one that is taken out is lost."""
+    there = {"0": 24_564, "1": 81_559}
+    monkeypatch.setattr(gpu, "choose", lambda devices: list(there) if devices == "all" else devices.split(","))
+    monkeypatch.setattr(gpu, "memory_mb", lambda index: there.get(str(index)))
+    monkeypatch.setattr(gpu, "lost", lambda index: str(index) not in there)
+    monkeypatch.setattr(supervisor.devicelock, "acquire", lambda _: None if "locked" in there else 0)
+    monkeypatch.setattr(supervisor, "GPU_INTERVAL_S", 0.0)
+    return there
+
+
+def test_a_gpu_too_small_for_its_models_is_refused_with_both_sizes(gpus: dict[str, int]) -> None:
+    catalogue = load_catalogue().select(["turbo", "base"])
+    with pytest.raises(ConfigurationError, match=r"GPU 0 has 24564 MiB .* turbo and base need 42000 MiB"):
+        large_enough(["0", "1"], catalogue, skip=False)
+    assert large_enough(["0", "1"], catalogue, skip=True) == ["1"]
+    gpus["1"] = 16_000
+    with pytest.raises(ConfigurationError, match="24564"):
+        large_enough(["0", "1"], catalogue, skip=True)
+    assert large_enough(["cpu"], catalogue, skip=False) == ["cpu"]
+
+
+def test_a_lost_gpu_is_reported_and_waited_for(
+    gpus: dict[str, int], settings: Settings, broker: Broker, sleeping_children: None
+) -> None:
+    watcher = Supervisor(settings.model_copy(update={"devices": "all"}))
+    watcher.tick()
+    first = watcher.slots[0]
+    assert first.child is not None
+    process = first.child.process
+    del gpus["0"]
+    watcher.tick()
+    assert process.wait(5) == -signal.SIGTERM  # asked to drain
+    watcher.tick()
+    watcher.tick()
+    assert first.child is None
+    assert [(card.state, card.device) for card in broker.workers()] == [("lost", "cuda:0")]
+    gpus["0"] = 24_564
+    watcher.tick()
+    watcher.tick()
+    assert first.child is not None
+    end(watcher)
+
+
+def test_the_cpu_stands_in_for_a_lost_gpu_where_the_setting_says_so(
+    gpus: dict[str, int], settings: Settings, sleeping_children: None
+) -> None:
+    watcher = Supervisor(settings.model_copy(update={"devices": "0", "gpu_lost": "cpu"}))
+    watcher.tick()
+    (slot,) = watcher.slots
+    for there, device in ((False, "cpu"), (True, "0")):
+        gpus.pop("0", None)
+        if there:
+            gpus["0"] = 1
+        assert slot.child is not None
+        process = slot.child.process
+        watcher.tick()
+        process.wait(5)
+        watcher.tick()
+        watcher.tick()
+        assert slot.child is not None
+        assert slot.child.device == device
+    end(watcher)
+
+
+def test_a_gpu_that_another_supervisors_worker_still_has_is_waited_for(
+    gpus: dict[str, int], settings: Settings, sleeping_children: None
+) -> None:
+    gpus["locked"] = 0
+    watcher = Supervisor(settings.model_copy(update={"devices": "0"}))
+    watcher.tick()
+    (slot,) = watcher.slots
+    assert slot.child is None
+    del gpus["locked"]
+    slot.restart_at = 0.0
+    watcher.tick()
+    assert slot.child is not None
+    end(watcher)
+
+
+def test_memory_that_drifts_recycles_the_child_with_no_back_off(settings: Settings, sleeping_children: None) -> None:
+    watcher = Supervisor(settings.model_copy(update={"drift_window_s": 0.6, "drift_warmup_s": 0.0}))
+    watcher.tick()
+    (slot,) = watcher.slots
+    child = slot.child
+    assert child is not None
+    child.heartbeat.at(Stage.IDLE)
+    until = time.monotonic() + 5
+    while child.process.poll() is None and time.monotonic() < until:
+        child.heartbeat.holds_memory(int(1000 * (time.monotonic() - child.started)))
+        watcher._next_look = 0.0
+        watcher.tick()
+        time.sleep(0.01)
+    assert child.process.wait(5) == -signal.SIGTERM
+    watcher.tick()
+    watcher.tick()
+    assert slot.child is not None
+    assert (slot.child is not child, slot.backoff_s) == (True, 0.0)
+    end(watcher)
+
+
+def end(watcher: Supervisor) -> None:
+    watcher.stop()
+    assert watcher.run() == 0

@@ -15,7 +15,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from numpy.typing import NDArray
 
-from common.errors import ModelLoadFailed, PipelineFailed
+from common.errors import DeviceFailed, FleetError, ModelLoadFailed, OutOfMemory, PipelineFailed
 from common.models import BUILT_IN, ModelSpec
 from worker import pico
 from worker.pipelines.base import ImageRequest, Run
@@ -328,3 +328,34 @@ def test_too_little_memory_names_the_remedy(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(ZImagePipeline, "from_pretrained", fill)
     with pytest.raises(ModelLoadFailed, match="choose a smaller model"):
         loader(source="Some-Org/Some-Image").load()
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), OutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: out of memory"), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceFailed),
+        (RuntimeError("CUDA error: unspecified launch failure"), DeviceFailed),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), DeviceFailed),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+    ],
+)
+def test_what_a_device_does_to_a_call_has_a_name(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, error: Exception, named: type[Exception]
+) -> None:
+    """With the errors injected; tests/gpu has a real one."""
+    run = pipeline.start(ask())
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline._parts.transformer, "forward", fail)
+        with pytest.raises(named) as caught:
+            pipeline.step([run])
+    assert isinstance(caught.value, FleetError) == (named is not RuntimeError)
+    assert run.step == 0
+    pipeline.step([run])
+    assert run.step == 1

@@ -1,0 +1,100 @@
+"""What is taken back, and when, on a real Redis that is now and then out of reach."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from common.broker import Broker
+from common.errors import RedisUnavailable
+from common.schemas import TaskStatus
+from common.settings import Settings
+from tests.conftest import SubmitFn
+from worker.heartbeat import OnDevice
+from worker.reaper import Burial, Reaper
+
+
+@pytest.fixture
+def reaper(settings: Settings) -> Reaper:
+    return Reaper(Broker(settings, patience_s=0.0), settings.lease_s)
+
+
+def test_a_dead_workers_runs_are_taken_back_even_if_redis_was_away(
+    reaper: Reaper, broker: Broker, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit()
+    reap = reaper._broker.reap
+
+    def away(*_: object) -> list[object]:
+        raise RedisUnavailable("away")
+
+    reaper.tick()
+    broker.claim("w1", "cpu", ["simulated"], 1)
+    monkeypatch.setattr(reaper._broker, "reap", away)
+    reaper.bury(Burial("w1"))
+    assert broker.queues()[0].running == 1
+    monkeypatch.setattr(reaper._broker, "reap", reap)
+    reaper.tick()
+    assert (broker.queues()[0].running, broker.queues()[0].queued) == (0, 1)
+
+
+def test_a_task_whose_limit_its_worker_was_killed_for_fails_and_its_neighbours_go_on(
+    reaper: Reaper, broker: Broker, submit: SubmitFn
+) -> None:
+    late, beside, waiting = submit(), submit(), submit()
+    broker.claim("w1", "cpu", ["simulated"], 3)
+    on_device = [OnDevice(task_id, 1, math.inf, "run_limit") for task_id in (late, beside)]
+    reaper.bury(Burial("w1", suspects=on_device[1:], tripped=on_device[:1]))
+    records = [broker.view(task_id) for task_id in (late, beside, waiting)]
+    assert [record.status for record in records if record] == [TaskStatus.FAILED, TaskStatus.QUEUED, TaskStatus.QUEUED]
+    assert [record.attempts[0].outcome for record in records if record] == ["failed", "crashed", "released"]
+    assert records[0] is not None
+    assert records[0].error is not None
+    assert records[0].error.code == "deadline_exceeded"
+
+
+def test_after_an_outage_leases_get_a_term_to_be_renewed(reaper: Reaper, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(reaper._broker, "reap", lambda worker="": calls.append(worker) or [])
+    away = [False, True, True, False, False]  # Redis, at each tick
+
+    def probe() -> None:
+        if away[0]:
+            raise RedisUnavailable("away")
+
+    monkeypatch.setattr(reaper._broker, "probe", probe)
+    seen = []
+    for is_away in away:
+        away[0] = is_away
+        if is_away:
+            reaper._away = True  # as any call that fails sets it
+        reaper.tick()
+        seen.append((reaper._away, reaper._next_reap > time.monotonic() + reaper._lease_s - 1))
+    assert seen == [(False, True), (True, True), (True, True), (False, True), (False, True)]
+    assert calls == []
+    reaper._next_reap = 0.0
+    reaper.tick()
+    assert calls == [""]
+
+
+def test_a_machine_that_stood_still_gives_its_own_workers_a_term_as_well(reaper: Reaper) -> None:
+    reaper.tick()
+    reaper._next_reap = 0.0
+    reaper._last -= reaper._lease_s / 2  # as after SIGSTOP, or a paused virtual machine
+    reaper.tick()
+    assert reaper._next_reap > time.monotonic() + reaper._lease_s - 1
+
+
+def test_a_task_past_its_deadline_is_ended_with_no_worker_about(
+    reaper: Reaper, broker: Broker, submit: SubmitFn
+) -> None:
+    task_id = submit(deadline_s=0.001)
+    reaper.tick()
+    time.sleep(0.01)
+    reaper._next_reap = 0.0
+    reaper.tick()
+    record = broker.view(task_id)
+    assert record is not None
+    assert record.status is TaskStatus.EXPIRED

@@ -1,0 +1,77 @@
+"""What a worker holds: a task from its claim to its commit, and its pictures while they advance."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.records import Claimed, Hold, Verdict
+from common.schemas import TaskError
+from worker.heartbeat import Cause, OnDevice
+from worker.pipelines.base import Run
+
+Outcome = Literal["succeeded", "failed", "canceled", "released", "lost"]
+
+
+@dataclass(eq=False, kw_only=True)
+class HeldTask:
+    """A task this worker holds, from the claim to the commit. Moments are on time.monotonic's clock."""
+
+    claimed: Claimed
+    deadline: float | None
+    alone: bool = False  # it may have brought a worker down, or did not fit beside others: no other run beside it
+    leased_at: float = field(default_factory=time.monotonic)  # its lease was renewed no earlier than this
+    verdict: Verdict = "ok"  # set by the thread that talks to Redis; obeyed at the next step
+    outcome: Outcome | None = None
+    error: TaskError | None = None
+    pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by picture, (height, width, 3)
+    fuses: dict[int, float] = field(default_factory=dict)  # by picture that is being made: when it must be stopped
+    warnings: list[str] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)  # of the pictures begun; what they held on the device may be gone
+    began: float | None = None  # time.perf_counter when its first picture was started
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    busy_s: float = 0.0  # from `began` to its outcome
+
+    @property
+    def hold(self) -> Hold:
+        return Hold(self.claimed.task_id, self.claimed.fence)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that its slowest picture has done."""
+        if len(self.runs) < self.claimed.request.n:
+            return 0
+        return min(run.step for run in self.runs)
+
+    @property
+    def denoise_s(self) -> float:
+        """Seconds it was busy with neither encoding nor decoding."""
+        return max(0.0, self.busy_s - self.encode_s - self.decode_s)
+
+    @property
+    def stop(self) -> tuple[float, Cause]:
+        """When it must be stopped, and by which of its two limits."""
+        run_limit = min(self.fuses.values(), default=math.inf)
+        if self.deadline is not None and self.deadline <= run_limit:
+            return self.deadline, "deadline"
+        return run_limit, "run_limit"
+
+    @property
+    def on_device(self) -> OnDevice:
+        """How the supervisor is told of it."""
+        return OnDevice(*self.hold, *self.stop)
+
+
+@dataclass(eq=False)
+class Picture:
+    """One of a task's pictures while its run advances."""
+
+    task: HeldTask
+    index: int
+    run: Run

@@ -1,0 +1,85 @@
+"""Takes back what dead and silent workers held, and puts straight what stands nowhere. A supervisor ticks it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from common.broker import Broker
+from common.errors import RedisUnavailable
+from common.records import Hold, Reaped
+from common.schemas import TaskError
+from common.telemetry import get_logger
+from worker.heartbeat import OnDevice
+
+log = get_logger()
+
+REAP_INTERVAL_S = 1.0
+RECONCILE_INTERVAL_S = 30.0
+
+
+class Burial(NamedTuple):
+    """A dead worker: the tasks that were on its device, and those of them whose limit it was killed for."""
+
+    worker: str
+    suspects: Sequence[OnDevice] = ()
+    tripped: Sequence[OnDevice] = ()
+
+
+class Reaper:
+    """One machine's part in keeping the fleet's books. No call waits for a Redis that is away."""
+
+    def __init__(self, broker: Broker, lease_s: float) -> None:
+        """`broker` must not be patient: a call that had to wait would reap before the living have beaten."""
+        self._broker = broker
+        self._lease_s = lease_s
+        self._dead: list[Burial] = []
+        self._away = True  # as we may have come up together with a Redis that was
+        self._last = time.monotonic()
+        self._next_reap = self._next_reconcile = 0.0
+
+    def bury(self, burial: Burial) -> None:
+        """Take back a dead worker's runs: now, or when Redis is there again."""
+        self._dead.append(burial)
+        self.tick()
+
+    def tick(self) -> None:
+        """Do what is due."""
+        now = time.monotonic()
+        if now - self._last > self._lease_s / 3:
+            self._away = True  # this machine stood still, and perhaps its workers with it: not they are to blame
+        self._last = now
+        try:
+            if self._away:
+                self._broker.probe()
+                self._away = False
+                # every lease may have run out meanwhile: let the living renew theirs before any is reaped
+                self._next_reap = self._next_reconcile = now + self._lease_s
+            while self._dead:
+                self._take_back(self._dead[0])
+                self._dead.pop(0)
+            if now >= self._next_reap:
+                self._next_reap = now + REAP_INTERVAL_S
+                self._log(self._broker.reap())
+                for task_id in self._broker.expire():
+                    log.info("task_expired", task_id=task_id)
+            if now >= self._next_reconcile:
+                self._next_reconcile = now + RECONCILE_INTERVAL_S
+                for task_id in self._broker.reconcile():
+                    log.warning("task_put_back", task_id=task_id)
+        except RedisUnavailable:
+            if not self._away:
+                log.warning("redis_away")
+            self._away = True
+
+    def _take_back(self, burial: Burial) -> None:
+        for task in burial.tripped:
+            message = "stopped: its step stood still on the device beyond the time it had"
+            error = TaskError(code="deadline_exceeded", message=message)
+            self._broker.finish(burial.worker, Hold(task.task_id, task.fence), "failed", error=error)
+        self._log(self._broker.reap(burial.worker, [task.task_id for task in burial.suspects]))
+
+    def _log(self, reaped: list[Reaped]) -> None:
+        for task_id, outcome, worker, request_id in reaped:
+            log.warning("task_reaped", task_id=task_id, outcome=outcome, worker=worker, request_id=request_id)

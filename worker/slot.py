@@ -1,0 +1,93 @@
+"""A place for one worker: a device, and the child process that runs there now."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+
+from worker.drift import Drift, Sample
+from worker.heartbeat import Heartbeat, Reading, Stage, shared_file
+
+MIB = 1024 * 1024
+
+
+@dataclass
+class Child:
+    """One incarnation of a worker: its process, our end of its pipe, and what it tells of itself."""
+
+    name: str
+    device: str
+    process: subprocess.Popen[bytes]
+    pipe: int  # the child drains when it closes
+    heartbeat: Heartbeat
+    drift: Drift
+    started: float = field(default_factory=time.monotonic)
+    ready_at: float | None = None
+    leave_by: float | None = None  # set once it has been asked to drain
+    recycled: bool = False  # it was asked to drain, to make room for a fresh one
+    buried: bool = False  # what it held is taken back
+
+    def watch(self) -> Reading:
+        """Return what it is at."""
+        reading = self.heartbeat.read()
+        if self.ready_at is None and reading.stage in (Stage.IDLE, Stage.BUSY):
+            self.ready_at = time.monotonic()
+        return reading
+
+    def memory(self) -> Sample | None:
+        """Return its memory in MiB, or None if it is just going."""
+        try:
+            rss = psutil.Process(self.process.pid).memory_info().rss
+        except psutil.Error:
+            return None
+        return Sample(rss / MIB, self.heartbeat.read().device_mb)
+
+    def is_zombie(self) -> bool:
+        """Whether its main thread is gone while others hold on, so that it neither works nor ends."""
+        try:
+            return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.Error:
+            return False
+
+    def close(self) -> None:
+        """Let go of what we shared with it."""
+        self.heartbeat.close()
+        with contextlib.suppress(OSError):
+            os.close(self.pipe)
+
+
+@dataclass
+class Slot:
+    """A device and what is known of its workers. `device` is where the next one starts."""
+
+    index: int
+    home: str  # the device it is for: a GPU's index, or cpu
+    device: str
+    nth: int = 0  # of the slots that share this device
+    child: Child | None = None
+    backoff_s: float = 0.0
+    restart_at: float = 0.0
+    lock: int | None = None  # on the GPU
+    lost: bool = False  # the GPU is gone
+
+
+def spawn(name: str, device: str, *, environment: Mapping[str, str], drift: Drift, inherit: Sequence[int]) -> Child:
+    """Start a worker: exec, never fork, so that no child ever shares a CUDA context."""
+    theirs, ours = os.pipe()
+    shared = shared_file()
+    heartbeat = Heartbeat(shared)
+    heartbeat.at(Stage.STARTING)
+    command = [sys.executable, "-m", "worker", "child", name, device, str(theirs), str(shared)]
+    process = subprocess.Popen(
+        command, env=dict(environment), pass_fds=(theirs, shared, *inherit), stdin=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    os.close(shared)
+    return Child(name=name, device=device, process=process, pipe=ours, heartbeat=heartbeat, drift=drift)
