@@ -99,7 +99,7 @@ class Broker:
 
     def view(self, task_id: str) -> TaskRecord | None:
         """Return a task's record, with its place in line while it is queued; None for an unknown id."""
-        reply = self._run("view", task_id)
+        reply = self._run("view", task_id, self._retention_ms)
         if not reply:
             return None
         fields, position, pace = reply
@@ -344,9 +344,12 @@ class Broker:
         expired: list[str] = self._run("expire", self._retention_ms, REAP_BATCH)
         return expired
 
-    def reconcile(self) -> list[str]:
-        """Put back every open task that stands in no queue and no lease; return their ids."""
-        put_back: list[str] = self._run("reconcile", int(RECONCILE_GRACE_S * 1000))
+    def reconcile(self, every_s: float = 0.0) -> list[str]:
+        """Put back every open task that stands in no queue and no lease; return their ids.
+
+        Does nothing if anybody did it less than `every_s` ago: it reads all open tasks, and once is enough for a fleet.
+        """
+        put_back: list[str] = self._run("reconcile", int(RECONCILE_GRACE_S * 1000), int(every_s * 1000))
         return put_back
 
     # Below the surface

@@ -20,6 +20,7 @@ TAGS = "zf:tags:"  # + model.priority: hash tenant -> virtual finish of its last
 CLAIM = "zf:claim:"  # + worker: its last claim, so that a re-sent one gives the same tasks   claim
 IDEMPOTENCY = "zf:idem:"  # + tenant:hash of the key: id and body hash      submit
 PACE = "zf:pace"  # hash model -> ms one task takes on one slot, smoothed      finish
+RECONCILED = "zf:reconciled"  # there while the last reconciliation is fresh     reconcile
 WORKERS = "zf:workers"  # zset worker name -> last beat, ms      beat
 CARD = "zf:card:"  # + worker: how it describes itself, JSON     beat
 PROBE = "zf:probe"  # proves that Redis takes writes        ready

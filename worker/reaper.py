@@ -16,7 +16,7 @@ from worker.heartbeat import OnDevice
 log = get_logger()
 
 REAP_INTERVAL_S = 1.0
-RECONCILE_INTERVAL_S = 30.0
+RECONCILE_INTERVAL_S = 30.0  # of the whole fleet
 
 
 class Burial(NamedTuple):
@@ -66,7 +66,7 @@ class Reaper:
                     log.info("task_expired", task_id=task_id)
             if now >= self._next_reconcile:
                 self._next_reconcile = now + RECONCILE_INTERVAL_S
-                for task_id in self._broker.reconcile():
+                for task_id in self._broker.reconcile(RECONCILE_INTERVAL_S * 0.9):
                     log.warning("task_put_back", task_id=task_id)
         except RedisUnavailable:
             if not self._away:

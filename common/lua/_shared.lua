@@ -93,6 +93,11 @@ local function settle(id, queue, status, error, now, retention_ms)
   publish(id, status)
 end
 
+local function leave_queue(id, queue, model, priority, tenant)
+  redis.call('LREM', K.RQ_QUEUE .. queue, 1, id)
+  if redis.call('LLEN', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. model .. '.' .. priority, tenant) end
+end
+
 -- Ends a queued task that nobody began in time. The caller has taken it out of its queue.
 local function expire(id, queue, now, retention_ms)
   local error = {code = 'deadline_exceeded', message = 'the deadline passed before a worker was free', retryable = true}

@@ -11,7 +11,6 @@ end
 if r[1] == 'canceled' and r[6] == ARGV[4] then return 'canceled' end
 if r[1] ~= 'queued' then return 'final' end
 redis.call('HSET', K.TASK .. id, 'cancel_token', ARGV[4])
-redis.call('LREM', K.RQ_QUEUE .. r[3], 1, id)
-if redis.call('LLEN', K.RQ_QUEUE .. r[3]) == 0 then redis.call('ZREM', K.READY .. r[4] .. '.' .. r[5], r[2]) end
+leave_queue(id, r[3], r[4], r[5], r[2])
 settle(id, r[3], 'canceled', '', now_ms(), tonumber(ARGV[3]))
 return 'canceled'

@@ -7,8 +7,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.DEADLINES, 0, now, 'LIMIT', 0,
   local r = redis.call('HMGET', K.TASK .. id, 'status', 'queue', 'model', 'priority', 'tenant')
   redis.call('ZREM', K.DEADLINES, id)
   if r[1] == 'queued' then
-    redis.call('LREM', K.RQ_QUEUE .. r[2], 1, id)
-    if redis.call('LLEN', K.RQ_QUEUE .. r[2]) == 0 then redis.call('ZREM', K.READY .. r[3] .. '.' .. r[4], r[5]) end
+    leave_queue(id, r[2], r[3], r[4], r[5])
     expire(id, r[2], now, tonumber(ARGV[1]))
     expired[#expired + 1] = id
   end

@@ -1,6 +1,7 @@
 -- Puts back every open task that stands in no queue and no lease, as after a lost tail of writes or `rq empty`.
--- ARGV: grace_ms (younger tasks are left alone)
+-- ARGV: grace_ms (younger tasks are left alone), every_ms (nothing is done if it was done less long ago; 0: always)
 -- Returns the ids put back
+if ARGV[2] ~= '0' and not redis.call('SET', K.RECONCILED, '1', 'NX', 'PX', ARGV[2]) then return {} end
 local now = now_ms()
 local standing, read = {}, {}
 local function stands(id, queue)

@@ -1,15 +1,18 @@
--- Reads a task in one go. Changes nothing.
--- ARGV: id
+-- Reads a task in one go. Changes nothing, unless it stood in its queue until its deadline: then it ends here at last.
+-- ARGV: id, retention_ms
 -- Returns {fields and values of the record, position (-1 when not queued), pace of its model ('' unknown)} | nil
-local record = redis.call('HGETALL', K.TASK .. ARGV[1])
-if #record == 0 then return false end
-local r = redis.call('HMGET', K.TASK .. ARGV[1], 'status', 'queue', 'model', 'priority', 'tenant')
-local position = -1
-if r[1] == 'queued' then
-  position = redis.call('LPOS', K.RQ_QUEUE .. r[2], ARGV[1]) or 0
+local id = ARGV[1]
+local r = redis.call('HMGET', K.TASK .. id, 'status', 'queue', 'model', 'priority', 'tenant', 'deadline_at')
+if not r[1] then return false end
+local position, deadline = -1, tonumber(r[6])
+if r[1] == 'queued' and deadline > 0 and deadline <= now_ms() then
+  leave_queue(id, r[2], r[3], r[4], r[5])
+  expire(id, r[2], now_ms(), tonumber(ARGV[2]))
+elseif r[1] == 'queued' then
+  position = redis.call('LPOS', K.RQ_QUEUE .. r[2], id) or 0
   for _, priority in ipairs({'high', 'normal'}) do
     if priority == r[4] then break end
     position = position + redis.call('LLEN', K.RQ_QUEUE .. r[3] .. '.' .. priority .. '.' .. r[5])
   end
 end
-return {record, position, redis.call('HGET', K.PACE, r[3]) or ''}
+return {redis.call('HGETALL', K.TASK .. id), position, redis.call('HGET', K.PACE, r[3]) or ''}

@@ -368,6 +368,26 @@ def test_a_queued_task_expires_at_its_deadline_with_no_worker_about(broker: Brok
     assert claim_one(broker).task_id == patient
 
 
+def test_a_look_at_a_task_past_its_deadline_ends_it_with_no_supervisor_about(broker: Broker, submit: SubmitFn) -> None:
+    task_id, other = submit(deadline_s=0.001), submit()
+    threading.Event().wait(0.05)
+    assert status(broker, task_id) is TaskStatus.EXPIRED
+    assert status(broker, other) is TaskStatus.QUEUED
+    assert broker.queues()[0].queued == 1
+
+
+def test_one_reconciliation_is_enough_for_a_fleet(
+    broker: Broker, submit: SubmitFn, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.broker.RECONCILE_GRACE_S", 0.0)
+    assert broker.reconcile(0.3) == []
+    task_id = submit()
+    redis_server.client.delete(keys.RQ_QUEUE + QUEUE)
+    assert broker.reconcile(0.3) == []
+    threading.Event().wait(0.35)
+    assert broker.reconcile(0.3) == [task_id]
+
+
 def test_a_task_given_back_still_expires_at_its_deadline(broker: Broker, submit: SubmitFn) -> None:
     submit(deadline_s=0.2)
     task = claim_one(broker)
