@@ -116,6 +116,12 @@ class StorageError(FleetError):
     retryable = True
 
 
+class StorageFull(StorageError):
+    """Raised when there is no room for a result: no space left, a quota used up, or new tasks paused before that."""
+
+    code = "storage_full"
+
+
 class ModelLoadFailed(FleetError):
     """Raised when a model's files are missing or cannot be loaded on this device."""
 

@@ -21,6 +21,7 @@ from common.errors import (
     QueueFull,
     RedisUnavailable,
     StorageError,
+    StorageFull,
     TaskExpired,
     UnknownImage,
     UnknownModel,
@@ -60,6 +61,7 @@ KINDS: Mapping[str, Kind] = {
     QueueFull.code: Kind(429, "Queue full", 5),
     RedisUnavailable.code: Kind(503, "Redis unavailable", 2),
     StorageError.code: Kind(503, "Storage unavailable", 5),
+    StorageFull.code: Kind(503, "Storage full", 30),
     NoWorker.code: Kind(503, "No live worker", 5),
 }
 HTTP_CODES: Mapping[int, tuple[str, str]] = {  # what werkzeug raises: code and, where its own is no help, a message

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import abc
 import re
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 from common.errors import StorageError
 from common.settings import Settings
+
+STRAY_S = 600.0  # what a broken write left behind is nobody's after this; a live write is never as old
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -22,7 +25,10 @@ class BaseStorage(abc.ABC):
 
     @abc.abstractmethod
     def put(self, key: str, data: bytes) -> None:
-        """Store `data` so that a reader sees all of it or nothing; raises StorageError when it cannot be kept."""
+        """Store `data` so that a reader sees all of it or nothing, and a power cut takes none of it back.
+
+        Raises StorageError when it cannot be kept, StorageFull when there is no room for it.
+        """
 
     @abc.abstractmethod
     def read(self, key: str) -> bytes:
@@ -31,6 +37,10 @@ class BaseStorage(abc.ABC):
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object; one that is not there is fine."""
+
+    @abc.abstractmethod
+    def remove(self, folder: str) -> None:
+        """Remove every object under a folder such as `20260131/worker/task`, and every broken write; none is fine."""
 
     def path(self, key: str) -> Path | None:
         """Return the object's file on this machine, or None where there are no files."""
@@ -42,7 +52,26 @@ class BaseStorage(abc.ABC):
 
     @abc.abstractmethod
     def sweep(self, older_than_s: float) -> int:
-        """Remove objects, and what broken writes left behind, older than this; return how many were removed."""
+        """Remove objects older than this, and broken writes older than STRAY_S; return how many were removed."""
+
+    def fullness(self) -> float | None:
+        """Return the share of the disk in use, 0 to 1, or None where there is no disk that could fill up.
+
+        Raises StorageError when it cannot be told.
+        """
+        return None
+
+
+def result_folder(worker: str, task_id: str, day: date) -> str:
+    """Return the folder of a worker's results for a task: its own, so that no two workers ever write the same file."""
+    return f"{day:%Y%m%d}/{worker}/{task_id}"
+
+
+def discard_attempt(storage: BaseStorage, worker: str, task_id: str) -> None:
+    """Remove what a worker stored for a task and never committed. The worker must be dead, its run taken back."""
+    today = datetime.now(UTC).date()
+    for day in (today, today - timedelta(days=1)):  # it may have been stored before midnight
+        storage.remove(result_folder(worker, task_id, day))
 
 
 def checked(key: str) -> str:

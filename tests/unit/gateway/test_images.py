@@ -106,6 +106,8 @@ class Bucket(BaseStorage):
 
     def delete(self, key: str) -> None: ...
 
+    def remove(self, folder: str) -> None: ...
+
     def path(self, key: str) -> Path | None:
         return None
 
