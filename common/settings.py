@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     body_limit_bytes: int = Field(100 * 1024 * 1024, ge=1024)
     queue_cap: int = Field(10_000, ge=1, description="tasks one queue holds before submits are refused")
     retention_days: float = Field(7.0, gt=0, le=3650, description="results are kept this long")
+    housekeeping_s: float = Field(1800.0, gt=0, description="results past their retention are removed this often")
+    disk_pause_percent: float = Field(90.0, gt=0, le=100, description="no new tasks while the results' disk is as full")
+    disk_resume_percent: float = Field(85.0, ge=0, description="new tasks again once it is less full than this")
 
     devices: str = Field("all", description="GPUs by index (0,1), `all`, or `cpu`")
     workers_per_device: int = Field(1, ge=1, description="more than one only makes sense for the simulated model")
@@ -82,6 +85,14 @@ class Settings(BaseSettings):
         if not beat_s * 2 <= lease_s:
             raise ValueError(f"must be at most half of ZFLEET_LEASE_S ({lease_s:g})")
         return beat_s
+
+    @field_validator("disk_resume_percent")
+    @classmethod
+    def _resumes_below_the_pause(cls, resume: float, info: ValidationInfo) -> float:
+        pause = info.data.get("disk_pause_percent", 100.0)
+        if not resume < pause:
+            raise ValueError(f"must be below ZFLEET_DISK_PAUSE_PERCENT ({pause:g})")
+        return resume
 
     @field_validator("data_dir", "log_dir", "models_file")
     @classmethod

@@ -32,12 +32,21 @@ def test_a_child_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("ZFLEET_LOG_LEVEL", "loud"),
         ("ZFLEET_RETENTION_DAYS", "1e99"),
         ("ZFLEET_BEAT_S", "8"),
+        ("ZFLEET_DISK_PAUSE_PERCENT", "101"),
+        ("ZFLEET_DISK_RESUME_PERCENT", "90"),
+        ("ZFLEET_HOUSEKEEPING_S", "0"),
     ],
 )
 def test_a_wrong_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigurationError, match=variable):
         load_settings()
+
+
+def test_a_lower_pause_needs_a_lower_resume() -> None:
+    with pytest.raises(ConfigurationError, match=r"below ZFLEET_DISK_PAUSE_PERCENT \(80\)"):
+        load_settings({"disk_pause_percent": 80})
+    assert load_settings({"disk_pause_percent": 80, "disk_resume_percent": 75}).disk_resume_percent == 75
 
 
 def test_a_wrong_flag_names_the_flag() -> None:
