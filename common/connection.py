@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ FIRST_WAIT_MS = 25  # between the first two tries; doubles from there
 LONGEST_WAIT_MS = 1_000
 POOL_SIZE = 64  # connections; more callers than that wait for one
 
-_BUSY_REPLIES = ("LOADING", "MISCONF", "MASTERDOWN", "TRYAGAIN", "UNBLOCKED", "OOM")
+# at the beginning, or where Redis 6 has it when a command inside a script was refused
+_BUSY = re.compile(r"(?:^|: -)(?:LOADING|MISCONF|MASTERDOWN|TRYAGAIN|UNBLOCKED|OOM|READONLY) ")
 
 
 def connect(url: str, *, timeout_s: float, decode: bool = True, pool_size: int = POOL_SIZE) -> redis.Redis:
@@ -101,7 +103,7 @@ def transient(error: BaseException) -> bool:
     """Whether the same command may succeed a little later: Redis is away, loading, failing over or refusing writes."""
     if isinstance(error, redis.ConnectionError | redis.TimeoutError | redis.ReadOnlyError):
         return True
-    return isinstance(error, redis.ResponseError) and str(error).startswith(_BUSY_REPLIES)
+    return isinstance(error, redis.ResponseError) and _BUSY.search(str(error)) is not None
 
 
 def patiently(

@@ -31,7 +31,12 @@ def test_a_transient_error_is_tried_again() -> None:
     assert patiently(failing(3, redis.ConnectionError("gone")), patience_s=5, timeout_s=0.1) == "done"
 
 
-@pytest.mark.parametrize("reply", ["LOADING dataset", "READONLY replica", "MISCONF disk", "OOM command"])
+IN_A_SCRIPT_OF_REDIS_6 = "Error running script (call to f_68): @user_script:1: @user_script: 1: -MISCONF Errors writing"
+
+
+@pytest.mark.parametrize(
+    "reply", ["LOADING dataset", "READONLY replica", "MISCONF disk", "OOM command", IN_A_SCRIPT_OF_REDIS_6]
+)
 def test_a_redis_that_refuses_for_now_is_tried_again(reply: str) -> None:
     error = redis.ReadOnlyError(reply) if reply.startswith("READONLY") else redis.ResponseError(reply)
     assert patiently(failing(1, error), patience_s=5, timeout_s=0.1) == "done"
