@@ -14,6 +14,7 @@ from common.storage import open_storage
 from gateway import dialects, docs, images, ops, problems
 from gateway.api import Api
 from gateway.dialects.base import Gateway
+from gateway.diskguard import DiskGuard
 from gateway.images import Images
 from gateway.requestlog import RequestLog
 from gateway.tasks import Tasks
@@ -42,11 +43,11 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     problems.install(app)
     catalogue = settings.catalogue()
     broker = broker or Broker(settings)
-    gateway = Gateway(
-        tasks=Tasks(broker, catalogue), images=Images(open_storage(settings), settings), catalogue=catalogue
-    )
+    storage = open_storage(settings)
+    disk = DiskGuard(storage, settings)
+    gateway = Gateway(tasks=Tasks(broker, catalogue, disk), images=Images(storage, settings), catalogue=catalogue)
     app.extensions[TASKS] = gateway.tasks
-    _register(app, ops.create(broker, catalogue))
+    _register(app, ops.create(broker, catalogue, disk))
     _register(app, images.create(gateway.tasks, gateway.images))
     for name in settings.dialects:
         _register(app, registry.load(dialects, name).create(gateway))

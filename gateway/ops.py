@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from flask import Response
 
 from common.broker import Broker
-from common.errors import NoWorker, RedisUnavailable
+from common.errors import NoWorker, RedisUnavailable, StorageFull
 from common.models import SIZE_MULTIPLE, Catalogue
 from common.schemas import Health, ModelView, QueueDepth, Wire, WorkerCard
 from gateway import problems
 from gateway.api import NO_STORE, Api, json_answer
+from gateway.diskguard import DiskGuard
 
 
 class Queues(Wire):
@@ -45,11 +46,11 @@ class Ready(Wire):
     status: str = "ready"
 
 
-def create(broker: Broker, catalogue: Catalogue) -> Api:
+def create(broker: Broker, catalogue: Catalogue, disk: DiskGuard) -> Api:
     """Return the routes for operators and their tools."""
     api = Api("fleet", __name__, about="What the fleet is doing, and whether it is well.")
     _add_lists(api, broker, catalogue)
-    _add_health(api, broker)
+    _add_health(api, broker, disk)
     return api
 
 
@@ -77,27 +78,32 @@ def _add_lists(api: Api, broker: Broker, catalogue: Catalogue) -> None:
         return json_answer(Templates(), headers=NO_STORE)
 
 
-def _add_health(api: Api, broker: Broker) -> None:
+def _add_health(api: Api, broker: Broker, disk: DiskGuard) -> None:
     began = time.monotonic()
     unhealthy = problems.status_of(RedisUnavailable)
+    unready = (RedisUnavailable, StorageFull, NoWorker)
 
     @api.get("/health", responses={"200": Health, str(unhealthy): Health})
     def health() -> Response:
-        """Tell how the fleet is: 200 while it takes tasks, if `degraded` with none to run them; 503 when it cannot."""
-        found = look(broker, time.monotonic() - began)
+        """Tell how the fleet is: 503 without Redis, else 200; `degraded` without a worker or without room for results.
+
+        `reasons` says why it is not healthy.
+        """
+        found = look(broker, disk, time.monotonic() - began)
         return json_answer(found, unhealthy if found.status == "unhealthy" else 200, NO_STORE)
 
-    @api.get("/ready", responses={"200": Ready, **problems.documented(RedisUnavailable, NoWorker)})
+    @api.get("/ready", responses={"200": Ready, **problems.documented(*unready)})
     def ready() -> Response:
-        """Tell whether a task submitted now would be accepted and run: Redis takes writes and a worker is alive."""
+        """Tell whether a task submitted now would be accepted and run: Redis, room for results, and a live worker."""
         broker.probe()
+        disk.check()
         if not any(card.state != "lost" for card in broker.workers()):
             raise NoWorker("no worker is alive; start one with: zfleet worker")
         return json_answer(Ready(), headers=NO_STORE)
 
 
-def look(broker: Broker, uptime_s: float) -> Health:
-    """Return the fleet's health as Redis and the workers' cards tell it."""
+def look(broker: Broker, disk: DiskGuard, uptime_s: float) -> Health:
+    """Return the fleet's health as Redis, the workers' cards and the results' disk tell it."""
     try:
         cards, pending = broker.workers(), broker.pending()
     except RedisUnavailable as error:
@@ -109,6 +115,8 @@ def look(broker: Broker, uptime_s: float) -> Health:
     cards = [card for card in cards if card.state != "lost"]
     if not cards:
         reasons.append("no worker is alive")
+    if full := disk.reason():
+        reasons.append(full)
     return Health(
         status="degraded" if reasons else "healthy",
         reasons=reasons,

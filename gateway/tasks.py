@@ -16,6 +16,7 @@ from common.models import Catalogue
 from common.records import NewTask
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus, TaskSummary
 from gateway import submission
+from gateway.diskguard import DiskGuard
 from gateway.waiting import Hub
 
 READS_AT_ONCE = 32  # when thousands wake together, so that they do not use up the connections to Redis
@@ -38,17 +39,19 @@ class Accepted:
 class Tasks:
     """One process's tasks. Every method raises RedisUnavailable when Redis stays away."""
 
-    def __init__(self, broker: Broker, catalogue: Catalogue) -> None:
+    def __init__(self, broker: Broker, catalogue: Catalogue, disk: DiskGuard) -> None:
         self._broker = broker
         self._catalogue = catalogue
+        self._disk = disk
         self._hub = Hub(broker.events)
         self._turns = threading.BoundedSemaphore(READS_AT_ONCE)
 
     def submit(
         self, request: GenerateRequest, *, tenant: str, request_id: str = "", idempotency_key: str = ""
     ) -> Accepted:
-        """Accept a request; raises InvalidRequest, UnknownModel, QueueFull, IdempotencyConflict."""
+        """Accept a request; raises InvalidRequest, UnknownModel, QueueFull, StorageFull, IdempotencyConflict."""
         resolved = submission.resolve(request, self._catalogue)
+        self._disk.check()
         task = NewTask(
             task_id=submission.new_task_id(),
             tenant=tenant,

@@ -21,6 +21,7 @@ from common.errors import (
     MalformedBody,
     QueueFull,
     RedisUnavailable,
+    StorageFull,
     TaskExpired,
     UnknownTask,
     UnsupportedMediaType,
@@ -92,7 +93,8 @@ def create(gateway: Gateway) -> Api:
 
 def _add_submit(api: Api, gateway: Gateway) -> None:
     refusals = (
-        InvalidRequest, MalformedBody, UnsupportedMediaType, IdempotencyConflict, QueueFull, RedisUnavailable
+        InvalidRequest, MalformedBody, UnsupportedMediaType, IdempotencyConflict, QueueFull, RedisUnavailable,
+        StorageFull,
     )  # fmt: skip
 
     @api.post("/api/submit", responses={"202": SubmitAnswer, **problems.documented(*refusals)})

@@ -10,12 +10,18 @@ from common.broker import Broker
 from common.settings import Settings
 from common.storage import open_storage
 from gateway.app import create_app
+from gateway.diskguard import DiskGuard
 from tests.unit.gateway.fake_worker import FakeWorker
 
 
 @pytest.fixture
 def app(settings: Settings, broker: Broker) -> OpenAPI:
     return create_app(settings, broker)
+
+
+@pytest.fixture
+def disk(settings: Settings) -> DiskGuard:
+    return DiskGuard(open_storage(settings), settings)
 
 
 @pytest.fixture

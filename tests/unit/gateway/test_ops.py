@@ -8,6 +8,7 @@ from common.schemas import GpuReading, Health, ModelView, QueueDepth, WorkerCard
 from common.settings import load_settings
 from gateway import ops
 from gateway.app import create_app
+from gateway.diskguard import DiskGuard
 from tests.servers import free_port
 from tests.unit.gateway.fake_worker import FakeWorker
 
@@ -84,10 +85,10 @@ def test_a_lost_gpu_degrades_the_fleet_and_is_no_worker(
     assert client.get("/ready").status_code == 200
 
 
-def test_a_gpu_that_two_workers_share_counts_once(broker: Broker, worker: FakeWorker) -> None:
+def test_a_gpu_that_two_workers_share_counts_once(broker: Broker, worker: FakeWorker, disk: DiskGuard) -> None:
     worker.beat()
     FakeWorker(broker, name="w2").beat()
-    assert ops.look(broker, 1.0).gpu_memory_used_mb == 1000
+    assert ops.look(broker, disk, 1.0).gpu_memory_used_mb == 1000
 
 
 def test_health_without_redis_is_unhealthy(away: FlaskClient) -> None:

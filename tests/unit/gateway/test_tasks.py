@@ -12,6 +12,7 @@ from common.errors import AlreadyFinal, IdempotencyConflict, QueueFull, RedisUna
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus
 from common.settings import Settings
 from gateway import tasks as module
+from gateway.diskguard import DiskGuard
 from gateway.tasks import Tasks
 from tests.servers import eventually
 from tests.unit.gateway.fake_worker import FakeWorker
@@ -20,8 +21,8 @@ ASKED = GenerateRequest(prompt="a red circle", steps=4)
 
 
 @pytest.fixture
-def tasks(broker: Broker, settings: Settings) -> Iterator[Tasks]:
-    tasks = Tasks(broker, settings.catalogue())
+def tasks(broker: Broker, settings: Settings, disk: DiskGuard) -> Iterator[Tasks]:
+    tasks = Tasks(broker, settings.catalogue(), disk)
     yield tasks
     tasks.close()
 
@@ -63,8 +64,8 @@ def test_the_same_key_and_body_are_one_task(tasks: Tasks, worker: FakeWorker) ->
     assert submit(tasks, idempotency_key="l") != first
 
 
-def test_a_full_queue_refuses(broker: Broker, settings: Settings) -> None:
-    full = Tasks(Broker(settings.model_copy(update={"queue_cap": 1})), settings.catalogue())
+def test_a_full_queue_refuses(broker: Broker, settings: Settings, disk: DiskGuard) -> None:
+    full = Tasks(Broker(settings.model_copy(update={"queue_cap": 1})), settings.catalogue(), disk)
     submit(full)
     with pytest.raises(QueueFull):
         submit(full)
