@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 from common.broker import FOREVER, Broker
 from common.errors import FleetError
 from common.schemas import ImageRef, StageTimings, TaskError
-from common.storage.base import BaseStorage
+from common.storage.base import BaseStorage, result_folder
 from common.telemetry import get_logger
 from worker.encoding import encode
 from worker.held import HeldTask
@@ -20,8 +23,8 @@ from worker.held import HeldTask
 log = get_logger()
 
 THREADS = 2
-STORE_TRIES = 3
-STORE_WAIT_S = 0.5
+STORE_TRIES = 5
+STORE_WAIT_S = 0.5  # between the first two; doubles from there
 
 
 class Committer:
@@ -35,6 +38,7 @@ class Committer:
         self._storage = storage
         self._committed = committed
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="commit")
+        self._closing = threading.Event()
         self._abandon_at = FOREVER  # on time.monotonic's clock
         self._storing: dict[int, float] = {}  # task at a thread -> since when
 
@@ -47,16 +51,21 @@ class Committer:
         return time.monotonic() - min(tuple(self._storing.values()), default=math.inf) if self._storing else 0.0
 
     def close(self, *, abandon_after_s: float = FOREVER) -> None:
-        """Wait until everything taken over is committed, but no longer than this for a Redis that is away."""
+        """Wait until everything taken over is committed, but no longer than this for Redis or the disk to be back."""
         self._abandon_at = time.monotonic() + abandon_after_s
+        self._closing.set()
         self._threads.shutdown(wait=True)
 
     def _run(self, task: HeldTask) -> None:
         try:
+            began = time.perf_counter()
+            self._storing[id(task)] = time.monotonic()
+            images = self._store(task) if task.outcome == "succeeded" else []
+            del self._storing[id(task)]
             if task.outcome == "released":
                 self._broker.release(self._worker, task.hold, patience_s=FOREVER, give_up=self._abandoned)
             elif task.outcome in ("succeeded", "failed", "canceled"):
-                self._finish(task)
+                self._finish(task, images, _ms(time.perf_counter() - began))
             log.info(
                 "task_left",
                 task_id=task.claimed.task_id,
@@ -70,36 +79,18 @@ class Committer:
             # The lease runs out and the supervisor takes the task back, so nothing is lost.
             log.error("commit_failed", task_id=task.claimed.task_id, error=type(error).__name__)
         finally:
+            self._storing.pop(id(task), None)
             task.pixels.clear()
             self._committed(task)
 
-    def _abandoned(self) -> bool:
-        return time.monotonic() >= self._abandon_at
-
-    def _finish(self, task: HeldTask) -> None:
-        images: Sequence[ImageRef] = ()
-        began = time.perf_counter()
-        if task.outcome == "succeeded":
-            self._storing[id(task)] = time.monotonic()
-            try:
-                images = self._store(task)
-            except FleetError as error:
-                task.outcome = "failed"
-                task.error = TaskError(code=error.code, message=error.message, retryable=error.retryable)
-            except Exception as error:  # the encoder's; running the task again would end the same way
-                log.error("encode_failed", task_id=task.claimed.task_id, error=type(error).__name__)
-                task.outcome = "failed"
-                message = f"the picture could not be written as {task.claimed.request.format} ({type(error).__name__})"
-                task.error = TaskError(code="encode_failed", message=message)
-            finally:
-                del self._storing[id(task)]
+    def _finish(self, task: HeldTask, images: Sequence[ImageRef], store_ms: float) -> None:
         status = task.outcome
         assert status == "succeeded" or status == "failed" or status == "canceled"
         stages = StageTimings(
             encode_ms=_ms(task.encode_s),
             denoise_ms=_ms(task.denoise_s),
             decode_ms=_ms(task.decode_s),
-            store_ms=_ms(time.perf_counter() - began),
+            store_ms=store_ms,
         )
         verdict = self._broker.finish(
             self._worker,
@@ -115,41 +106,65 @@ class Committer:
         )
         if verdict == "lost":
             task.outcome = "lost"
-            for image in images:
-                self._storage.delete(image.key)
+            self._discard(image.key for image in images)
 
     def _store(self, task: HeldTask) -> list[ImageRef]:
+        """Return the stored pictures: all of them or, when one fails, none, and the task's outcome is another then."""
         request = task.claimed.request
-        # The worker's own folder: no two workers, nor two attempts, can ever write the same file.
-        folder = f"{datetime.now(UTC):%Y%m%d}/{self._worker}/{task.claimed.task_id}"
-        images = []
-        for index in sorted(task.pixels):
-            pixels = task.pixels[index]
-            data = encode(pixels, request.format, request.quality)
-            key = f"{folder}/{index}.{request.format}"
-            self._put(key, data)
-            images.append(
-                ImageRef(
-                    key=key,
-                    width=pixels.shape[1],
-                    height=pixels.shape[0],
-                    format=request.format,
-                    bytes=len(data),
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    seed=request.seed + index,
-                )
-            )
-        return images
+        folder = result_folder(self._worker, task.claimed.task_id, datetime.now(UTC).date())
+        # with the attempt's number, as this worker may have lost the task and got it again
+        keys = {index: f"{folder}/{task.claimed.fence}-{index}.{request.format}" for index in sorted(task.pixels)}
+        try:
+            return [self._put(task, index, key) for index, key in keys.items()]
+        except FleetError as error:
+            if self._abandoned():  # not all tries were made: another worker has the time
+                task.outcome = "released"
+            else:
+                task.outcome = "failed"
+                task.error = TaskError(code=error.code, message=error.message, retryable=error.retryable)
+        except Exception as error:  # the encoder's; running the task again would end the same way
+            log.error("encode_failed", task_id=task.claimed.task_id, error=type(error).__name__)
+            task.outcome = "failed"
+            message = f"the picture could not be written as {request.format} ({type(error).__name__})"
+            task.error = TaskError(code="encode_failed", message=message)
+        self._discard(keys.values())
+        return []
 
-    def _put(self, key: str, data: bytes) -> None:
-        for tried in range(1, STORE_TRIES + 1):
+    def _put(self, task: HeldTask, index: int, key: str) -> ImageRef:
+        request, pixels = task.claimed.request, task.pixels[index]
+        data = encode(pixels, request.format, request.quality)
+        for tries in itertools.count(1):
             try:
                 self._storage.put(key, data)
-                return
-            except FleetError:
-                if tried == STORE_TRIES:
+                break
+            except FleetError as error:
+                log.warning("store_failed", task_id=task.claimed.task_id, code=error.code, tries=tries)
+                if tries == STORE_TRIES or not self._rest(STORE_WAIT_S * 2 ** (tries - 1)):
                     raise
-                time.sleep(STORE_WAIT_S * tried)
+        return ImageRef(
+            key=key,
+            width=pixels.shape[1],
+            height=pixels.shape[0],
+            format=request.format,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            seed=request.seed + index,
+        )
+
+    def _discard(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            with contextlib.suppress(FleetError):  # a sweep will find it
+                self._storage.delete(key)
+
+    def _rest(self, seconds: float) -> bool:
+        """Wait, though no longer than there is time for; return whether there is time for more."""
+        until = time.monotonic() + seconds
+        self._closing.wait(seconds)
+        time.sleep(max(0.0, min(until, self._abandon_at) - time.monotonic()))
+        return not self._abandoned()
+
+    def _abandoned(self) -> bool:
+        return time.monotonic() >= self._abandon_at
 
 
 def _ms(seconds: float) -> float:

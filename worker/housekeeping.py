@@ -1,4 +1,4 @@
-"""Removes results past their retention, and what broken writes left behind, every half hour."""
+"""Removes results past their retention, and what broken writes left behind, at every interval."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from common.telemetry import get_logger
 
 log = get_logger()
 
-INTERVAL_S = 30 * 60.0
-
 
 class Housekeeping:
     """A thread that sweeps the storage while the supervisor lives."""
 
     def __init__(self, settings: Settings) -> None:
         self._retention_s = settings.retention_days * 86_400
+        self._interval_s = settings.housekeeping_s
         self._storage = open_storage(settings)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
@@ -37,5 +36,5 @@ class Housekeeping:
                 log.info("storage_swept", removed=removed)
             except Exception as error:
                 log.error("sweep_failed", error=type(error).__name__)
-            if self._stop.wait(INTERVAL_S):
+            if self._stop.wait(self._interval_s):
                 return

@@ -5,22 +5,47 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
+import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from common.broker import Broker
-from common.errors import StorageError
+from common.errors import StorageError, StorageFull
 from common.schemas import TaskStatus
 from common.settings import Settings
 from common.storage import open_storage
+from common.storage.local import Storage
 from tests.conftest import SubmitFn
-from worker.commit import Committer
+from tests.servers import eventually
+from worker import commit as module
+from worker.commit import STORE_TRIES, Committer
 from worker.encoding import encode
 from worker.held import HeldTask
 
 PIXELS = np.zeros((64, 64, 3), np.uint8)
+
+
+class Filling(Storage):
+    """A disk that has room for so many writes, and notes when each was tried."""
+
+    def __init__(self, settings: Settings, room: int) -> None:
+        super().__init__(settings)
+        self.room = room
+        self.tried: list[float] = []
+
+    def put(self, key: str, data: bytes) -> None:
+        self.tried.append(time.monotonic())
+        if self.room == 0:
+            raise StorageFull("no space left")
+        self.room -= 1
+        super().put(key, data)
+
+
+def files(settings: Settings) -> list[str]:
+    return [path.name for path in settings.results_dir.rglob("*") if path.is_file()]
 
 
 def held(broker: Broker, worker: str = "w1") -> HeldTask:
@@ -59,9 +84,25 @@ def test_two_workers_write_two_files_for_one_task(broker: Broker, settings: Sett
     assert old.outcome == "lost"
     record = broker.view(task_id)
     assert record is not None
-    files = [path for path in settings.results_dir.rglob("*") if path.is_file()]
-    assert files == [settings.results_dir / record.images[0].key]
+    kept = [path for path in settings.results_dir.rglob("*") if path.is_file()]
+    assert kept == [settings.results_dir / record.images[0].key]
     assert "/w2/" in record.images[0].key
+
+
+def test_a_worker_that_lost_a_task_and_got_it_again_keeps_the_second_result(
+    broker: Broker, settings: Settings, submit: SubmitFn
+) -> None:
+    task_id = submit()
+    old = held(broker)
+    broker.reap("w1")
+    new = held(broker)
+    commit(broker, settings, new)
+    commit(broker, settings, old)
+    assert (old.outcome, new.outcome) == ("lost", "succeeded")
+    record = broker.view(task_id)
+    assert record is not None
+    assert len(open_storage(settings).read(record.images[0].key)) == record.images[0].bytes
+    assert len(files(settings)) == 1
 
 
 @pytest.mark.parametrize(
@@ -111,6 +152,60 @@ def test_a_storage_that_fails_once_is_tried_again(
     committer = Committer("w1", broker, store, committed=lambda _: None)
     committer.commit(held(broker))
     committer.close()
+    assert broker.view(task_id).status is TaskStatus.SUCCEEDED  # type: ignore[union-attr]
+
+
+def test_a_disk_that_fills_up_leaves_none_of_the_pictures(
+    broker: Broker, settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_WAIT_S", 0.02)
+    store = Filling(settings, room=2)
+    task_id = submit(n=3)
+    committer = Committer("w1", broker, store, committed=lambda _: None)
+    committer.commit(held(broker))
+    committer.close()
+    record = broker.view(task_id)
+    assert record is not None and record.error is not None
+    assert (record.status, record.error.code, record.images) == (TaskStatus.FAILED, "storage_full", [])
+    assert (record.error.message, record.error.retryable) == ("no space left", True)
+    assert files(settings) == []
+    tries = store.tried[2:]
+    assert len(tries) == STORE_TRIES
+    waits = [later - earlier for earlier, later in pairwise(tries)]
+    assert all(wait >= 0.02 * 2**k for k, wait in enumerate(waits)), "the waits grow"
+
+
+def test_a_drain_does_not_wait_for_a_disk_and_gives_the_task_back(
+    broker: Broker, settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_WAIT_S", 60.0)
+    store = Filling(settings, room=0)
+    task_ids = [submit() for _ in range(5)]
+    committer = Committer("w1", broker, store, committed=lambda _: None)
+    for claimed in broker.claim("w1", "cpu", ["simulated"], 9).tasks:
+        task = HeldTask(claimed=claimed, deadline=None, outcome="succeeded")
+        task.pixels = {0: PIXELS.copy()}
+        committer.commit(task)
+    eventually(lambda: len(store.tried) == 2)  # each thread has one in hand, the others stand behind them
+    began = time.monotonic()
+    committer.close(abandon_after_s=0.3)
+    assert 0.25 < time.monotonic() - began < 2
+    records = [broker.view(task_id) for task_id in task_ids]
+    assert {record.status for record in records if record} == {TaskStatus.QUEUED}
+    assert {attempt.outcome for record in records if record for attempt in record.attempts} == {"released"}
+
+
+def test_a_drain_that_has_time_lets_a_task_have_its_tries(
+    broker: Broker, settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_WAIT_S", 0.05)
+    store = Filling(settings, room=0)
+    task_id = submit()
+    committer = Committer("w1", broker, store, committed=lambda _: None)
+    committer.commit(held(broker))
+    eventually(lambda: store.tried)
+    store.room = 1
+    committer.close(abandon_after_s=10)
     assert broker.view(task_id).status is TaskStatus.SUCCEEDED  # type: ignore[union-attr]
 
 
