@@ -105,6 +105,7 @@ def _add_health(api: Api, broker: Broker, disk: DiskGuard) -> None:
 def look(broker: Broker, disk: DiskGuard, uptime_s: float) -> Health:
     """Return the fleet's health as Redis, the workers' cards and the results' disk tell it."""
     try:
+        broker.probe()  # reads alone would go on where a full disk makes Redis refuse writes
         cards, pending = broker.workers(), broker.pending()
     except RedisUnavailable as error:
         return Health(
