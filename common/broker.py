@@ -337,7 +337,7 @@ class Broker:
         its other runs are given back unharmed. Of a lease that ran out nobody knows, so every run is a suspect.
         """
         reply = self._run("reap", worker, self._settings.crash_limit, self._retention_ms, REAP_BATCH, *suspects)
-        return [Reaped(*reply[i : i + 4]) for i in range(0, len(reply), 4)]
+        return [Reaped(*row) for row in reply]
 
     def expire(self) -> list[str]:
         """End as expired every queued task whose deadline has passed; return their ids."""

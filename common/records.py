@@ -85,6 +85,7 @@ class Reaped(NamedTuple):
     """A run taken back from a dead or silent worker, and what was done with it."""
 
     task_id: str
+    fence: int
     outcome: Literal["requeued", "given_back", "quarantined", "canceled"]
     worker: str
     request_id: str

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from common.broker import FOREVER, Broker
 from common.errors import FleetError
 from common.schemas import ImageRef, StageTimings, TaskError
-from common.storage.base import BaseStorage, result_folder
+from common.storage.base import BaseStorage, attempt_folder
 from common.telemetry import get_logger
 from worker.encoding import encode
 from worker.held import HeldTask
@@ -111,9 +111,8 @@ class Committer:
     def _store(self, task: HeldTask) -> list[ImageRef]:
         """Return the stored pictures: all of them or, when one fails, none, and the task's outcome is another then."""
         request = task.claimed.request
-        folder = result_folder(self._worker, task.claimed.task_id, datetime.now(UTC).date())
-        # with the attempt's number, as this worker may have lost the task and got it again
-        keys = {index: f"{folder}/{task.claimed.fence}-{index}.{request.format}" for index in sorted(task.pixels)}
+        folder = attempt_folder(self._worker, *task.hold, datetime.now(UTC).date())
+        keys = {index: f"{folder}/{index}.{request.format}" for index in sorted(task.pixels)}
         try:
             return [self._put(task, index, key) for index, key in keys.items()]
         except FleetError as error:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.broker import Broker
-from common.errors import RedisUnavailable
+from common.errors import RedisUnavailable, StorageError
 from common.records import Hold, Reaped
 from common.schemas import TaskError
+from common.storage.base import BaseStorage, discard_attempt
 from common.telemetry import get_logger
 from worker.heartbeat import OnDevice
 
@@ -30,9 +31,10 @@ class Burial(NamedTuple):
 class Reaper:
     """One machine's part in keeping the fleet's books. No call waits for a Redis that is away."""
 
-    def __init__(self, broker: Broker, lease_s: float) -> None:
+    def __init__(self, broker: Broker, storage: BaseStorage, lease_s: float) -> None:
         """`broker` must not be patient: a call that had to wait would reap before the living have beaten."""
         self._broker = broker
+        self._storage = storage
         self._lease_s = lease_s
         self._dead: list[Burial] = []
         self._away = True  # as we may have come up together with a Redis that was
@@ -61,7 +63,7 @@ class Reaper:
                 self._dead.pop(0)
             if now >= self._next_reap:
                 self._next_reap = now + REAP_INTERVAL_S
-                self._log(self._broker.reap())
+                self._note(self._broker.reap())
                 for task_id in self._broker.expire():
                     log.info("task_expired", task_id=task_id)
             if now >= self._next_reconcile:
@@ -78,8 +80,12 @@ class Reaper:
             message = "stopped: its step stood still on the device beyond the time it had"
             error = TaskError(code="deadline_exceeded", message=message)
             self._broker.finish(burial.worker, Hold(task.task_id, task.fence), "failed", error=error)
-        self._log(self._broker.reap(burial.worker, [task.task_id for task in burial.suspects]))
+        self._note(self._broker.reap(burial.worker, [task.task_id for task in burial.suspects]))
 
-    def _log(self, reaped: list[Reaped]) -> None:
-        for task_id, outcome, worker, request_id in reaped:
+    def _note(self, reaped: list[Reaped]) -> None:
+        for task_id, fence, outcome, worker, request_id in reaped:
             log.warning("task_reaped", task_id=task_id, outcome=outcome, worker=worker, request_id=request_id)
+            try:
+                discard_attempt(self._storage, worker, task_id, fence)  # stored, perhaps, and never committed
+            except StorageError as error:
+                log.warning("attempt_not_discarded", task_id=task_id, worker=worker, error=error.message)

@@ -18,6 +18,7 @@ from common.errors import ConfigurationError, RedisUnavailable
 from common.models import Catalogue
 from common.schemas import WorkerCard
 from common.settings import Settings, child_environment
+from common.storage import open_storage
 from common.telemetry import get_logger
 from worker import devicelock, gpu
 from worker.drift import Drift
@@ -54,7 +55,7 @@ class Supervisor:
             for index, device in enumerate(devices)
         ]
         self._broker = Broker(settings, patience_s=0.0)  # never waits for a Redis that is away
-        self._reaper = Reaper(self._broker, settings.lease_s)
+        self._reaper = Reaper(self._broker, open_storage(settings), settings.lease_s)
         self._housekeeping = Housekeeping(settings)
         self._stopping = threading.Event()
         self._next_look = self._next_gpu_look = 0.0

@@ -1,7 +1,7 @@
 -- Takes back the runs of a dead worker, or those whose lease ran out: to the head of their queue. One crash is counted
 -- for each suspect, which from then on runs alone; a task that has used up its crashes is quarantined as failed.
 -- ARGV: worker ('' for every lease that ran out: then all are suspects), crash_limit, retention_ms, limit, suspect id …
--- Returns {id, 'requeued'|'given_back'|'quarantined'|'canceled', worker, request_id …}
+-- Returns {{id, fence, 'requeued'|'given_back'|'quarantined'|'canceled', worker, request_id} …}
 local worker, crash_limit, retention_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = now_ms()
 local ids
@@ -15,9 +15,6 @@ local suspects = {}
 for i = 5, #ARGV do suspects[ARGV[i]] = true end
 
 local reaped = {}
-local function note(id, what, owner, request_id)
-  for _, value in ipairs({id, what, owner, request_id or ''}) do reaped[#reaped + 1] = value end
-end
 for _, id in ipairs(ids) do
   local r = redis.call('HMGET', K.TASK .. id, 'status', 'fence', 'queue', 'model', 'priority', 'tenant', 'cancel',
     'worker', 'request_id')
@@ -32,15 +29,15 @@ for _, id in ipairs(ids) do
     end_attempt(id, r[3], r[2], worker == '' and 'lost' or suspect and 'crashed' or 'released', now)
     if r[7] then
       settle(id, r[3], 'canceled', '', now, retention_ms)
-      note(id, 'canceled', r[8], r[9])
+      reaped[#reaped + 1] = {id, tonumber(r[2]), 'canceled', r[8], r[9] or ''}
     elseif crashes >= crash_limit then
       local error = {code = 'worker_crashed', message = 'its worker died or fell silent ' .. crashes .. ' times while running it',
         retryable = false}
       settle(id, r[3], 'failed', cjson.encode(error), now, retention_ms)
-      note(id, 'quarantined', r[8], r[9])
+      reaped[#reaped + 1] = {id, tonumber(r[2]), 'quarantined', r[8], r[9] or ''}
     else
       requeue(id, r[4], r[5], r[6], r[3])
-      note(id, suspect and 'requeued' or 'given_back', r[8], r[9])
+      reaped[#reaped + 1] = {id, tonumber(r[2]), suspect and 'requeued' or 'given_back', r[8], r[9] or ''}
     end
   end
 end

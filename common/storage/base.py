@@ -62,16 +62,16 @@ class BaseStorage(abc.ABC):
         return None
 
 
-def result_folder(worker: str, task_id: str, day: date) -> str:
-    """Return the folder of a worker's results for a task: its own, so that no two workers ever write the same file."""
-    return f"{day:%Y%m%d}/{worker}/{task_id}"
+def attempt_folder(worker: str, task_id: str, fence: int, day: date) -> str:
+    """Return the folder of one attempt's results: its own, so that no two attempts ever write the same file."""
+    return f"{day:%Y%m%d}/{worker}/{task_id}/{fence}"
 
 
-def discard_attempt(storage: BaseStorage, worker: str, task_id: str) -> None:
-    """Remove what a worker stored for a task and never committed. The worker must be dead, its run taken back."""
+def discard_attempt(storage: BaseStorage, worker: str, task_id: str, fence: int) -> None:
+    """Remove what an attempt stored and, as its run has been taken back, can never commit."""
     today = datetime.now(UTC).date()
     for day in (today, today - timedelta(days=1)):  # it may have been stored before midnight
-        storage.remove(result_folder(worker, task_id, day))
+        storage.remove(attempt_folder(worker, task_id, fence, day))
 
 
 def checked(key: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from common import registry, storage
 from common.errors import ConfigurationError, StorageError, StorageFull
 from common.settings import Settings, load_settings
-from common.storage.base import STRAY_S, BaseStorage, discard_attempt, result_folder
+from common.storage.base import STRAY_S, BaseStorage, attempt_folder, discard_attempt
 
 LOCAL_ONLY = ("local",)  # a kind that needs a server brings its own fixture
 
@@ -124,17 +124,17 @@ def test_a_folder_is_removed_with_all_that_is_in_it_and_nothing_beside(store: Ba
 
 
 def test_a_dead_workers_attempt_leaves_nothing_whichever_day_it_began(store: BaseStorage) -> None:
-    assert result_folder("w1", "abc", date(2026, 1, 31)) == "20260131/w1/abc"
+    assert attempt_folder("w1", "abc", 2, date(2026, 1, 31)) == "20260131/w1/abc/2"
     today = datetime.now(UTC).date()
-    mine = [result_folder("w1", "abc", day) for day in (today, today - timedelta(days=1))]
-    others = [result_folder("w2", "abc", today), result_folder("w1", "other", today)]
+    mine = [attempt_folder("w1", "abc", 1, day) for day in (today, today - timedelta(days=1))]
+    others = [attempt_folder(*attempt, today) for attempt in (("w2", "abc", 1), ("w1", "other", 1), ("w1", "abc", 2))]
     for folder in mine + others:
         store.put(f"{folder}/0.png", b"x")
-    discard_attempt(store, "w1", "abc")
+    discard_attempt(store, "w1", "abc", 1)
     for folder in mine:
         with pytest.raises(StorageError):
             store.read(f"{folder}/0.png")
-    assert [store.read(f"{folder}/0.png") for folder in others] == [b"x", b"x"]
+    assert [store.read(f"{folder}/0.png") for folder in others] == [b"x"] * 3
 
 
 def test_how_full_it_is(store: BaseStorage, settings: Settings) -> None:

@@ -48,8 +48,8 @@ def problem(answer: object) -> Problem:
 
 def raised_here(kind: type[FleetError]) -> bool:
     """Whether a gateway can come to raise this; the others are a worker's or the command line's."""
-    elsewhere = {"FleetError", "ModelLoadFailed", "PipelineFailed", "DeadlineExceeded", "ClientError"}
-    return kind.__name__ not in elsewhere | {"ConfigurationError"}
+    workers = {"ModelLoadFailed", "PipelineFailed", "OutOfMemory", "DeviceFailed", "DeadlineExceeded"}
+    return kind.__name__ not in workers | {"FleetError", "ClientError", "ConfigurationError"}
 
 
 def every_kind() -> list[type[FleetError]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from structlog.testing import CapturingLogger
 
 from common.errors import DeviceFailed, OutOfMemory
 from common.models import ModelSpec
@@ -183,7 +184,9 @@ def test_a_deadline_ends_a_run_at_the_step_boundary() -> None:
     assert len(bench.pipeline.batches) == 1
 
 
-def test_a_picture_past_its_models_limit_is_stopped_at_the_step_boundary(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_past_its_models_limit_is_stopped_at_the_step_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = CapturingLogger()
+    monkeypatch.setattr("worker.engine.log", told)
     bench = Bench(run_limit_s=0.02)
     late = bench.offer(1, steps=9)
     bench.engine.turn(0)
@@ -194,10 +197,8 @@ def test_a_picture_past_its_models_limit_is_stopped_at_the_step_boundary(capsys:
     assert (late.outcome, late.error.code, quick.outcome) == ("failed", "deadline_exceeded", "succeeded")
     assert "simulated may take 0.02 s" in late.error.message
     assert bench.pipeline.batches == [[1], [2]]
-    told = [line for line in capsys.readouterr().out.splitlines() if "fuse_tripped" in line]
-    assert len(told) == 1
-    assert "task1" in told[0]
-    assert "run_limit" in told[0]
+    (call,) = told.calls
+    assert (call.args, call.kwargs["task_id"], call.kwargs["cause"]) == (("fuse_tripped",), "task1", "run_limit")
 
 
 def test_every_picture_of_a_task_has_the_whole_limit() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import UTC, datetime
 
 import pytest
 
 from common.broker import Broker
-from common.errors import RedisUnavailable
+from common.errors import RedisUnavailable, StorageError
 from common.schemas import TaskStatus
 from common.settings import Settings
+from common.storage import open_storage
+from common.storage.base import attempt_folder
 from tests.conftest import SubmitFn
 from worker.heartbeat import OnDevice
 from worker.reaper import Burial, Reaper
@@ -18,7 +21,7 @@ from worker.reaper import Burial, Reaper
 
 @pytest.fixture
 def reaper(settings: Settings) -> Reaper:
-    return Reaper(Broker(settings, patience_s=0.0), settings.lease_s)
+    return Reaper(Broker(settings, patience_s=0.0), open_storage(settings), settings.lease_s)
 
 
 def test_a_dead_workers_runs_are_taken_back_even_if_redis_was_away(
@@ -53,6 +56,23 @@ def test_a_task_whose_limit_its_worker_was_killed_for_fails_and_its_neighbours_g
     assert records[0] is not None
     assert records[0].error is not None
     assert records[0].error.code == "deadline_exceeded"
+
+
+def test_what_a_dead_worker_stored_and_never_committed_is_removed(
+    reaper: Reaper, broker: Broker, settings: Settings, submit: SubmitFn
+) -> None:
+    task_id = submit()
+    storage = open_storage(settings)
+    today = datetime.now(UTC).date()
+    keys = [f"{attempt_folder(worker, task_id, 1, today)}/0.png" for worker in ("w1", "w2")]
+    for key in keys:
+        storage.put(key, b"pixels")
+    reaper.tick()
+    broker.claim("w1", "cpu", ["simulated"], 1)
+    reaper.bury(Burial("w1"))
+    with pytest.raises(StorageError):
+        storage.read(keys[0])
+    assert storage.read(keys[1]) == b"pixels"
 
 
 def test_after_an_outage_leases_get_a_term_to_be_renewed(reaper: Reaper, monkeypatch: pytest.MonkeyPatch) -> None:
