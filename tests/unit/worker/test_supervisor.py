@@ -13,6 +13,7 @@ from common.broker import Broker
 from common.errors import ConfigurationError
 from common.models import load_catalogue
 from common.settings import Settings
+from tests.servers import eventually
 from worker import gpu, supervisor
 from worker import slot as slots
 from worker.heartbeat import Stage
@@ -190,6 +191,32 @@ def test_memory_that_drifts_recycles_the_child_with_no_back_off(settings: Settin
     watcher.tick()
     assert slot.child is not None
     assert (slot.child is not child, slot.backoff_s) == (True, 0.0)
+    end(watcher)
+
+
+def test_a_child_whose_main_thread_is_gone_is_noticed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+    half_dead = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+
+    def start(_command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return real([sys.executable, "-c", half_dead], pass_fds=options["pass_fds"])  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(slots.subprocess, "Popen", start)  # type: ignore[attr-defined]
+    watcher = Supervisor(settings)
+    watcher.tick()
+    (slot,) = watcher.slots
+    child = slot.child
+    assert child is not None
+    eventually(child.is_zombie)
+    assert child.process.poll() is None
+    watcher._next_look = 0.0
+    watcher.tick()
+    assert (child.process.poll(), child.buried) == (-signal.SIGKILL, True)
+    monkeypatch.setattr(slots.subprocess, "Popen", real)
     end(watcher)
 
 
