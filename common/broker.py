@@ -12,14 +12,16 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import redis
 from pydantic import ValidationError
 
 from common import keys, scripts
-from common.connection import command, connect, patiently, transient
+from common.connection import connect, messages, patiently, run_script, transient
 from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
+from common.promises import Promises
 from common.records import (
     Claim,
     Event,
@@ -68,6 +70,7 @@ class Broker:
         # Any: redis-py types every reply as possibly bytes or awaitable, which these clients never give
         self._redis: Any = connect(settings.redis_url, timeout_s=self._timeout_s)
         self._bell: Any = connect(settings.redis_url, timeout_s=BELL_WAIT_S + self._timeout_s, pool_size=BELL_POOL_SIZE)
+        self._promises = Promises(self._redis, SCRIPTS)
         self._retention_ms = int(settings.retention_days * 86_400_000)
         self._capacity: dict[str, int] = {}
         self._capacity_until = 0.0
@@ -217,25 +220,12 @@ class Broker:
         whole process. It reconnects for ever.
         """
         channels = (keys.ENDS,) if ends_only else (keys.STEPS, keys.ENDS)
-        while not stop():
-            subscription = self._bell.pubsub(ignore_subscribe_messages=False)
-            try:
-                subscription.subscribe(*channels)
-                while not stop():
-                    message = subscription.get_message(timeout=BELL_WAIT_S)
-                    if message is None:
-                        subscription.ping()
-                    elif message["type"] == "subscribe":
-                        yield None
-                    elif message["type"] == "message":
-                        task_id, name, step, steps = message["data"].split(" ")
-                        yield Event(task_id, name, int(step), int(steps))
-            except redis.RedisError as error:
-                if not transient(error):
-                    raise
-                time.sleep(0.1)
-            finally:
-                subscription.close()
+        for text in messages(self._bell, channels, stop, away=self._promises.doubt, back=self._promises.renew):
+            if text is None:
+                yield None
+            else:
+                task_id, name, step, steps = text.split(" ")
+                yield Event(task_id, name, int(step), int(steps))
 
     # The worker's side
 
@@ -278,6 +268,7 @@ class Broker:
             return self._bell.blpop([keys.BELL + model for model in models], timeout=BELL_WAIT_S) is not None
         except redis.RedisError as error:
             if transient(error):
+                self._promises.doubt()
                 raise RedisUnavailable("Redis went away while waiting for work") from error
             raise
 
@@ -361,21 +352,18 @@ class Broker:
         patience_s: float | None = None,
         give_up: Callable[[], bool] = lambda: False,
     ) -> Any:
-        source, sha = SCRIPTS[script]
-
-        def send() -> Any:
-            try:
-                return command(self._redis, "EVALSHA", sha, 0, *args)
-            except redis.exceptions.NoScriptError:
-                return command(self._redis, "EVAL", source, 0, *args)
-
-        return self._patiently(send, patience_s=patience_s, give_up=give_up)
+        reply = self._patiently(
+            lambda: run_script(self._redis, SCRIPTS[script], args), patience_s=patience_s, give_up=give_up
+        )
+        self._promises.heed(script, args, reply)
+        return reply
 
     def _patiently(
         self, call: Callable[[], T], *, patience_s: float | None = None, give_up: Callable[[], bool] = lambda: False
     ) -> T:
         patience = self._patience_s if patience_s is None else patience_s
-        return patiently(call, patience_s=patience, timeout_s=self._timeout_s, give_up=give_up)
+        through = partial(self._promises.through, call)
+        return patiently(through, patience_s=patience, timeout_s=self._timeout_s, give_up=give_up)
 
     def _eta(self, record: Mapping[str, str], position: int, pace: str) -> float | None:
         if TaskStatus(record["status"]).final:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import redis
@@ -18,16 +18,24 @@ from common.errors import ConfigurationError, RedisUnavailable
 from common.settings import mask_url
 
 T = TypeVar("T")
+Client: TypeAlias = redis.Redis
+Script: TypeAlias = tuple[str, str]  # its source, and the SHA-1 by which Redis knows it
 
 FIRST_WAIT_MS = 25  # between the first two tries; doubles from there
 LONGEST_WAIT_MS = 1_000
+RESUBSCRIBE_WAIT_S = 0.1
+LISTEN_S = 1.0  # a subscription that is silent for so long is asked whether it is still there
 POOL_SIZE = 64  # connections; more callers than that wait for one
 
 # at the beginning, or where Redis 6 has it when a command inside a script was refused
-_BUSY = re.compile(r"(?:^|: -)(?:LOADING|MISCONF|MASTERDOWN|TRYAGAIN|UNBLOCKED|OOM|READONLY) ")
+_BUSY = re.compile(r"(?:^|: -)(?:LOADING|MISCONF|MASTERDOWN|TRYAGAIN|UNBLOCKED|OOM|READONLY|NOREPLICAS) ")
 
 
-def connect(url: str, *, timeout_s: float, decode: bool = True, pool_size: int = POOL_SIZE) -> redis.Redis:
+class NotYet(redis.ConnectionError):
+    """Raised for a call that is to wait until Redis has been told what it may have forgotten."""
+
+
+def connect(url: str, *, timeout_s: float, decode: bool = True, pool_size: int = POOL_SIZE) -> Client:
     """Return a client for redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service/db.
 
     The client itself never re-sends a command: `patiently` does, so that the number of tries is decided in one place.
@@ -50,7 +58,7 @@ def connect(url: str, *, timeout_s: float, decode: bool = True, pool_size: int =
     return redis.Redis(connection_pool=pool)
 
 
-def command(client: redis.Redis, *args: str | float) -> Any:
+def command(client: Client, *args: str | float) -> Any:
     """Send one command and return its plain reply: without redis-py's metrics, which take as long as the command."""
     pool: Any = client.connection_pool
     connection = pool.get_connection()
@@ -59,6 +67,86 @@ def command(client: redis.Redis, *args: str | float) -> Any:
         return connection.read_response()  # both close the connection on any error
     finally:
         pool.release(connection)
+
+
+def run_script(client: Client, script: Script, args: Sequence[str | float]) -> Any:
+    """Run a script by its SHA, and by its source where this Redis has not seen it yet."""
+    source, sha = script
+    try:
+        return command(client, "EVALSHA", sha, 0, *args)
+    except redis.exceptions.NoScriptError:
+        return command(client, "EVAL", source, 0, *args)
+
+
+def run_scripts(client: Client, calls: Sequence[tuple[Script, Sequence[str | float]]]) -> list[Any]:
+    """Run scripts in one round trip, in this order; an error that is not transient stands in the place of its reply."""
+    pipeline: Any = client.pipeline(transaction=False)
+    scripts = {script for script, _ in calls}
+    for source, _ in scripts:
+        pipeline.script_load(source)
+    for (_, sha), args in calls:
+        pipeline.evalsha(sha, 0, *args)
+    replies: list[Any] = pipeline.execute(raise_on_error=False)
+    for reply in replies:
+        if isinstance(reply, Exception) and transient(reply):
+            raise reply
+    return replies[len(scripts) :]
+
+
+def history(client: Client) -> str:
+    """Return Redis' name for the history of its data, new with each restart and failover; empty where it tells none."""
+    try:
+        text = str(command(client, "INFO", "replication"))
+    except redis.ResponseError as error:
+        if transient(error):
+            raise
+        return ""
+    found = re.search(r"master_replid:(\w+)", text)
+    return found[1] if found else ""
+
+
+def messages(
+    client: Client,
+    channels: Sequence[str],
+    stop: Callable[[], bool],
+    *,
+    away: Callable[[], None],
+    back: Callable[[], None],
+) -> Iterator[str | None]:
+    """Yield what is published, until `stop`; None once a (re-)subscription stands, as things may have been missed.
+
+    It reconnects for ever. `away` is called whenever Redis is lost, `back` once it is there again, before the None.
+    """
+    while not stop():
+        subscription: Any = client.pubsub()  # type: ignore[no-untyped-call]
+        try:
+            subscription.subscribe(*channels)
+            yield from _heard(subscription, stop, back)
+        except redis.RedisError as error:
+            if not transient(error):
+                raise
+            away()
+            time.sleep(RESUBSCRIBE_WAIT_S)
+        finally:
+            subscription.close()
+
+
+def _heard(subscription: Any, stop: Callable[[], bool], back: Callable[[], None]) -> Iterator[str | None]:
+    asked = False
+    while not stop():
+        message = subscription.get_message(timeout=LISTEN_S)
+        if message is not None:
+            asked = False
+            if message["type"] == "subscribe":
+                back()
+                yield None
+            elif message["type"] == "message":
+                yield message["data"]
+        elif asked:  # a host that vanished closes no connection
+            raise redis.TimeoutError("no answer to a ping")
+        else:
+            subscription.ping()
+            asked = True
 
 
 class _Pool(redis.BlockingConnectionPool):
@@ -75,7 +163,7 @@ class _Pool(redis.BlockingConnectionPool):
         return connection
 
 
-def _from_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
+def _from_sentinel(url: str, options: dict[str, Any]) -> Client:
     parts = urlsplit(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
@@ -93,7 +181,7 @@ def _from_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
     sentinel = untyped(
         nodes, sentinel_kwargs={k: options[k] for k in ("socket_timeout", "socket_connect_timeout")}, **options
     )
-    client: redis.Redis = sentinel.master_for(
+    client: Client = sentinel.master_for(
         service, db=int(database or 0), username=unquote(user) or None, password=unquote(password) or None
     )
     return client

@@ -112,6 +112,7 @@ class RedisServer(Server):
             "--appendonly", "yes", "--appendfsync", "everysec", "--save", "",
         ]  # fmt: skip
         super().__init__(command, log=folder / "redis.log")
+        self._folder = folder
         self.client = redis.Redis(port=self.port, decode_responses=True)
 
     def start(self) -> Self:
@@ -121,6 +122,18 @@ class RedisServer(Server):
 
     def flush(self) -> None:
         self.client.flushall()
+
+    def written(self) -> int:
+        """How long the file is to which it appends its writes."""
+        return self._writes().stat().st_size
+
+    def forget(self, written: int) -> None:
+        """Cut that file back to this length, as a power cut does. Only while it does not run."""
+        os.truncate(self._writes(), written)
+
+    def _writes(self) -> Path:
+        (path,) = self._folder.rglob("appendonly.aof*.incr.aof")
+        return path
 
     def _answers(self) -> bool:
         try:

@@ -1,6 +1,7 @@
 -- Accepts a task: record, RQ job, queue, bell. The same id, or the same Idempotency-Key and body, is one task.
 -- ARGV: id, tenant, model, priority, queue, cap, cost, retention_ms, deadline_ms (after now, 0 none), n, steps,
---       request (JSON), request_id, job data (RQ), idempotency key ('' none), body hash
+--       request (JSON), request_id, job data (RQ), idempotency key ('' none), body hash, 'again' for a task that
+--       was accepted already, whatever the cap, and that Redis may have forgotten
 -- Returns {'created'|'exists', id, position, pace of its model ('' unknown)} | {'full', depth} | {'conflict', id}
 local id, tenant, model, priority, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local cap, cost, retention_ms, deadline_ms = tonumber(ARGV[6]), ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9])
@@ -18,7 +19,7 @@ if redis.call('EXISTS', K.TASK .. id) == 1 then return {'exists', id, 0, ''} end
 
 local list = K.RQ_QUEUE .. queue
 local depth = redis.call('LLEN', list)
-if depth >= cap then return {'full', depth} end
+if depth >= cap and ARGV[17] ~= 'again' then return {'full', depth} end
 
 local now = now_ms()
 local deadline = deadline_ms > 0 and now + deadline_ms or 0

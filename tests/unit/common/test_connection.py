@@ -35,7 +35,8 @@ IN_A_SCRIPT_OF_REDIS_6 = "Error running script (call to f_68): @user_script:1: @
 
 
 @pytest.mark.parametrize(
-    "reply", ["LOADING dataset", "READONLY replica", "MISCONF disk", "OOM command", IN_A_SCRIPT_OF_REDIS_6]
+    "reply",
+    ["LOADING dataset", "READONLY replica", "MISCONF disk", "OOM command", "NOREPLICAS few", IN_A_SCRIPT_OF_REDIS_6],
 )
 def test_a_redis_that_refuses_for_now_is_tried_again(reply: str) -> None:
     error = redis.ReadOnlyError(reply) if reply.startswith("READONLY") else redis.ResponseError(reply)
