@@ -104,12 +104,14 @@ class Server:
 class RedisServer(Server):
     """A redis-server with AOF in its own folder; started again after `kill` it has the same port and data."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
+        """`options` go last, so that they prevail."""
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         command = [
             binary("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder),
             "--appendonly", "yes", "--appendfsync", "everysec", "--save", "",
+            *options,
         ]  # fmt: skip
         super().__init__(command, log=folder / "redis.log")
         self._folder = folder

@@ -1,0 +1,129 @@
+"""Replies that get lost on the way: what was asked has happened, is asked again, and must not happen twice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from common.broker import SCRIPTS, Broker
+from common.schemas import TaskStatus
+from common.settings import Settings
+from tests.faults.proxy import Proxy
+from tests.fleet import await_final, ready_workers, submit_many
+from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
+
+LOST = 12
+CLIENTS = 4
+TASKS = 48
+
+
+@pytest.fixture
+def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
+    with Proxy(redis_server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def over_proxy(settings: Settings, proxy: Proxy) -> Settings:
+    """Settings of a process whose way to Redis is the proxy, while the test's own is direct."""
+    return settings.model_copy(
+        update={
+            "redis_url": proxy.url,
+            "models": ("simulated",),
+            "workers_per_device": 2,
+            "simulated_image_ms": 20.0,
+            "queue_cap": TASKS,
+        }
+    )
+
+
+def test_a_submit_whose_reply_is_lost_is_one_task(
+    broker: Broker, over_proxy: Settings, proxy: Proxy, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    answers: list[requests.Response] = []
+
+    def client(number: int) -> None:
+        with requests.Session() as session:
+            for k in range(TASKS // CLIENTS):
+                keys = {"Idempotency-Key": f"{number}.{k}"} if number % 2 else {}
+                answers.append(
+                    session.post(f"{gateway.url}/api/submit", json={"prompt": "x"}, headers=keys, timeout=10)
+                )
+
+    with GatewayServer(over_proxy, tmp_path / "gateway") as gateway:
+        eventually(lambda: up(gateway.url), within_s=30)
+        redis_server.client.script_load(SCRIPTS["submit"][0])
+        proxy.lose(SCRIPTS["submit"][1], LOST)
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+    assert (proxy.lost, proxy.to_lose) == (LOST, 0)
+    assert Counter(answer.status_code for answer in answers) == {202: TASKS}
+    accepted = [answer.json()["task_id"] for answer in answers]
+    queued = redis_server.client.lrange("rq:queue:simulated.normal.default", 0, -1)
+    assert sorted(queued) == sorted(accepted), "an answer without its task, or a task twice"
+    assert len(set(accepted)) == broker.pending() == TASKS
+
+
+@pytest.mark.parametrize("transition", ["claim", "finish", "progress", "beat"])
+def test_a_worker_whose_replies_are_lost_doubles_nothing(
+    transition: str, broker: Broker, over_proxy: Settings, proxy: Proxy, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    settings = over_proxy.model_copy(update={"beat_s": 0.2})
+    with WorkerServer(settings, tmp_path / "log"):
+        ready_workers(broker, 2)
+        redis_server.client.script_load(SCRIPTS[transition][0])
+        proxy.lose(SCRIPTS[transition][1], LOST)
+        task_ids = submit_many(broker, TASKS)
+        for task in await_final(broker, task_ids):
+            assert (task.status, [a.outcome for a in task.attempts]) == (TaskStatus.SUCCEEDED, ["succeeded"])
+        eventually(lambda: proxy.to_lose == 0)
+    assert proxy.lost == LOST
+    assert sum(path.is_file() for path in settings.results_dir.rglob("*")) == TASKS
+    assert broker.pending() == 0
+    assert sum(queue.queued + queue.running for queue in broker.queues()) == 0
+
+
+def test_a_cancel_whose_reply_is_lost_tells_that_it_was_this_one(
+    broker: Broker, over_proxy: Settings, proxy: Proxy, redis_server: RedisServer
+) -> None:
+    far = Broker(over_proxy)
+    (task_id,) = submit_many(broker, 1)
+    redis_server.client.script_load(SCRIPTS["cancel"][0])
+    proxy.lose(SCRIPTS["cancel"][1], 1)
+    assert far.cancel(task_id, "default") == "canceled"
+    assert proxy.lost == 1
+    far.close()
+
+
+def test_a_way_that_is_cut_for_a_while_loses_nothing(
+    broker: Broker, over_proxy: Settings, proxy: Proxy, tmp_path: Path
+) -> None:
+    settings = over_proxy.model_copy(update={"simulated_image_ms": 100.0})
+    with WorkerServer(settings, tmp_path / "log"):
+        ready_workers(broker, 2)
+        task_ids = submit_many(broker, 16)
+        for _ in range(3):
+            proxy.cut()
+            time.sleep(0.3)
+            proxy.mend()
+            time.sleep(0.2)
+        proxy.delay_s = 0.05
+        for task in await_final(broker, task_ids):
+            assert (task.status, [a.outcome for a in task.attempts]) == (TaskStatus.SUCCEEDED, ["succeeded"])
+    assert sum(path.is_file() for path in settings.results_dir.rglob("*")) == len(task_ids)
+
+
+def up(url: str) -> bool:
+    try:
+        return requests.get(url + "/health", timeout=1).ok
+    except requests.RequestException:
+        return False
