@@ -75,14 +75,14 @@ clean: ## remove .venv, caches and builds; pictures (out) and data (.zfleet) sta
 	    echo "$$python has no ensurepip; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }; \
 	"$$python" -m venv .venv || { rm -rf .venv; exit 1; }
 
-servers: # the real servers that the tests talk to
-	@missing=; for server in nginx redis-server; do \
-	    PATH="$$PATH:/usr/sbin:/sbin" command -v $$server >/dev/null || missing="$$missing $$server"; \
+servers: # the real servers that the tests talk to and other programs they run, each by its name/its package's name
+	@missing=; for server in nginx redis-server ip/iproute2 faketime; do \
+	    PATH="$$PATH:/usr/sbin:/sbin" command -v $${server%/*} >/dev/null || missing="$$missing $${server#*/}"; \
 	done; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$missing; \
 	else \
 	    echo "The tests talk to real servers; install:$$missing" >&2; \
-	    echo "On Debian and Ubuntu: sudo apt-get install$$missing; on macOS: brew install nginx redis" >&2; exit 1; \
+	    echo "On Debian and Ubuntu: sudo apt-get install$$missing; on macOS: brew install nginx redis libfaketime" >&2; exit 1; \
 	fi

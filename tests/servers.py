@@ -20,6 +20,7 @@ import redis
 from common.settings import Settings, child_environment
 
 START_TIMEOUT_S = 30.0
+PACKAGES = {"ip": "iproute2"}  # Debian's, where the package is not called like the program
 
 
 def free_port() -> int:
@@ -42,7 +43,7 @@ def binary(name: str) -> str:
     """Return the path of a server program; a missing one is a failure, never a skip."""
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if path is None:
-        pytest.fail(f"{name} is not installed; `make test` installs it, or: apt-get install {name}")
+        pytest.fail(f"{name} is not installed; `make test` installs it, or: apt-get install {PACKAGES.get(name, name)}")
     return path
 
 
