@@ -76,7 +76,7 @@ clean: ## remove .venv, caches and builds; pictures (out) and data (.zfleet) sta
 	"$$python" -m venv .venv || { rm -rf .venv; exit 1; }
 
 servers: # the real servers that the tests talk to and other programs they run, each by its name/its package's name
-	@missing=; for server in nginx redis-server ip/iproute2 faketime; do \
+	@missing=; for server in nginx redis-server ip/iproute2 cc/gcc; do \
 	    PATH="$$PATH:/usr/sbin:/sbin" command -v $${server%/*} >/dev/null || missing="$$missing $${server#*/}"; \
 	done; \
 	[ -n "$$missing" ] || exit 0; \
@@ -84,5 +84,5 @@ servers: # the real servers that the tests talk to and other programs they run, 
 	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$missing; \
 	else \
 	    echo "The tests talk to real servers; install:$$missing" >&2; \
-	    echo "On Debian and Ubuntu: sudo apt-get install$$missing; on macOS: brew install nginx redis libfaketime" >&2; exit 1; \
+	    echo "On Debian and Ubuntu: sudo apt-get install$$missing; on macOS: brew install nginx redis" >&2; exit 1; \
 	fi

@@ -20,7 +20,7 @@ import redis
 from common.settings import Settings, child_environment
 
 START_TIMEOUT_S = 30.0
-PACKAGES = {"ip": "iproute2"}  # Debian's, where the package is not called like the program
+PACKAGES = {"ip": "iproute2", "cc": "gcc"}  # Debian's, where the package is not called like the program
 
 
 def free_port() -> int:
