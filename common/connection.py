@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelConnectionPool
 from retrying import Retrying
 
 from common.errors import ConfigurationError, RedisUnavailable
@@ -49,13 +49,13 @@ def connect(url: str, *, timeout_s: float, decode: bool = True, pool_size: int =
         "protocol": 2,
         "driver_info": None,
     }
+    pool = {"max_connections": pool_size, "timeout": timeout_s}
     try:
         if url.startswith(("redis+sentinel://", "rediss+sentinel://")):
-            return _from_sentinel(url, options)
-        pool = _Pool.from_url(url, max_connections=pool_size, timeout=timeout_s, **options)
+            return _from_sentinel(url, options, pool)
+        return redis.Redis(connection_pool=_Pool.from_url(url, **pool, **options))
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"ZFLEET_REDIS_URL {mask_url(url)!r}: {error}") from None
-    return redis.Redis(connection_pool=pool)
 
 
 def command(client: Client, *args: str | float) -> Any:
@@ -64,7 +64,11 @@ def command(client: Client, *args: str | float) -> Any:
     connection = pool.get_connection()
     try:
         connection.send_command(*args)
-        return connection.read_response()  # both close the connection on any error
+        return connection.read_response()  # both close the connection when it breaks
+    except redis.ResponseError as error:
+        if transient(error):  # the next try may find another primary
+            connection.disconnect()
+        raise
     finally:
         pool.release(connection)
 
@@ -163,7 +167,17 @@ class _Pool(redis.BlockingConnectionPool):
         return connection
 
 
-def _from_sentinel(url: str, options: dict[str, Any]) -> Client:
+class _SentinelPool(SentinelConnectionPool, _Pool):
+    """The same, of connections that ask the Sentinels for the primary each time they connect."""
+
+    def owns_connection(self, connection: Any) -> bool:
+        """Take back a connection that is not to the primary as well, closed: to drop it, as redis-py does, leaks it."""
+        if self.master_address != (connection.host, connection.port):
+            connection.disconnect()
+        return True
+
+
+def _from_sentinel(url: str, options: dict[str, Any], pool: Mapping[str, Any]) -> Client:
     parts = urlsplit(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
@@ -177,12 +191,16 @@ def _from_sentinel(url: str, options: dict[str, Any]) -> Client:
     options |= dict(parse_qsl(parts.query))
     if parts.scheme.startswith("rediss"):
         options["ssl"] = True
+    # one try at each Sentinel, or a dead one would hold up every connection for seconds
+    asking = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "retry", "driver_info")}
     untyped: Any = Sentinel  # redis-py gives this class no types
-    sentinel = untyped(
-        nodes, sentinel_kwargs={k: options[k] for k in ("socket_timeout", "socket_connect_timeout")}, **options
-    )
-    client: Client = sentinel.master_for(
-        service, db=int(database or 0), username=unquote(user) or None, password=unquote(password) or None
+    client: Client = untyped(nodes, sentinel_kwargs=asking, **options).master_for(
+        service,
+        connection_pool_class=_SentinelPool,
+        db=int(database or 0),
+        username=unquote(user) or None,
+        password=unquote(password) or None,
+        **pool,
     )
     return client
 

