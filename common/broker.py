@@ -19,7 +19,7 @@ import redis
 from pydantic import ValidationError
 
 from common import keys, scripts
-from common.connection import connect, messages, patiently, run_script, transient
+from common.connection import connect, exchange, messages, patiently, run_script, transient
 from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
 from common.promises import Promises
 from common.records import (
@@ -67,10 +67,12 @@ class Broker:
         self._settings = settings
         self._patience_s = settings.redis_patience_s if patience_s is None else patience_s
         self._timeout_s = settings.redis_timeout_s
+        self._promises = Promises(SCRIPTS)
+        url, heard = settings.redis_url, self._promises.connected
+        bell_s = BELL_WAIT_S + self._timeout_s
         # Any: redis-py types every reply as possibly bytes or awaitable, which these clients never give
-        self._redis: Any = connect(settings.redis_url, timeout_s=self._timeout_s)
-        self._bell: Any = connect(settings.redis_url, timeout_s=BELL_WAIT_S + self._timeout_s, pool_size=BELL_POOL_SIZE)
-        self._promises = Promises(self._redis, SCRIPTS)
+        self._redis: Any = connect(url, timeout_s=self._timeout_s, connected=heard)
+        self._bell: Any = connect(url, timeout_s=bell_s, pool_size=BELL_POOL_SIZE, connected=heard)
         self._retention_ms = int(settings.retention_days * 86_400_000)
         self._capacity: dict[str, int] = {}
         self._capacity_until = 0.0
@@ -220,7 +222,7 @@ class Broker:
         whole process. It reconnects for ever.
         """
         channels = (keys.ENDS,) if ends_only else (keys.STEPS, keys.ENDS)
-        for text in messages(self._bell, channels, stop, away=self._promises.doubt, back=self._promises.renew):
+        for text in messages(self._bell, channels, stop):
             if text is None:
                 yield None
             else:
@@ -268,7 +270,6 @@ class Broker:
             return self._bell.blpop([keys.BELL + model for model in models], timeout=BELL_WAIT_S) is not None
         except redis.RedisError as error:
             if transient(error):
-                self._promises.doubt()
                 raise RedisUnavailable("Redis went away while waiting for work") from error
             raise
 
@@ -352,18 +353,24 @@ class Broker:
         patience_s: float | None = None,
         give_up: Callable[[], bool] = lambda: False,
     ) -> Any:
-        reply = self._patiently(
+        reply, history = self._patiently(
             lambda: run_script(self._redis, SCRIPTS[script], args), patience_s=patience_s, give_up=give_up
         )
-        self._promises.heed(script, args, reply)
+        self._promises.heed(script, args, reply, history)
         return reply
 
     def _patiently(
         self, call: Callable[[], T], *, patience_s: float | None = None, give_up: Callable[[], bool] = lambda: False
     ) -> T:
         patience = self._patience_s if patience_s is None else patience_s
-        through = partial(self._promises.through, call)
-        return patiently(through, patience_s=patience, timeout_s=self._timeout_s, give_up=give_up)
+
+        def attempt() -> T:
+            self._promises.renew(partial(exchange, self._redis))
+            return call()
+
+        answer = patiently(attempt, patience_s=patience, timeout_s=self._timeout_s, give_up=give_up)
+        self._promises.answered()
+        return answer
 
     def _eta(self, record: Mapping[str, str], position: int, pace: str) -> float | None:
         if TaskStatus(record["status"]).final:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -20,25 +22,40 @@ from common.settings import mask_url
 T = TypeVar("T")
 Client: TypeAlias = redis.Redis
 Script: TypeAlias = tuple[str, str]  # its source, and the SHA-1 by which Redis knows it
+Command: TypeAlias = Sequence[str | float]
+Send: TypeAlias = Callable[[Sequence[Command]], tuple[list[Any], str]]  # as `exchange` does
+Connected: TypeAlias = Callable[[str, Send], None]
 
 FIRST_WAIT_MS = 25  # between the first two tries; doubles from there
 LONGEST_WAIT_MS = 1_000
 RESUBSCRIBE_WAIT_S = 0.1
 LISTEN_S = 1.0  # a subscription that is silent for so long is asked whether it is still there
+ASK_SENTINEL_S = 1.0
 POOL_SIZE = 64  # connections; more callers than that wait for one
 
 # at the beginning, or where Redis 6 has it when a command inside a script was refused
 _BUSY = re.compile(r"(?:^|: -)(?:LOADING|MISCONF|MASTERDOWN|TRYAGAIN|UNBLOCKED|OOM|READONLY|NOREPLICAS) ")
+
+_HISTORY = re.compile(r"master_replid:(\w+)")
 
 
 class NotYet(redis.ConnectionError):
     """Raised for a call that is to wait until Redis has been told what it may have forgotten."""
 
 
-def connect(url: str, *, timeout_s: float, decode: bool = True, pool_size: int = POOL_SIZE) -> Client:
+def connect(
+    url: str,
+    *,
+    timeout_s: float,
+    decode: bool = True,
+    pool_size: int = POOL_SIZE,
+    connected: Connected | None = None,
+) -> Client:
     """Return a client for redis://, rediss://, unix:// or redis+sentinel://host:port,host:port/service/db.
 
     The client itself never re-sends a command: `patiently` does, so that the number of tries is decided in one place.
+    `connected` is called for each new connection before its first use: with the name that Redis gives the history of
+    its data, another one after each restart and failover, and with a way to send something first.
     Raises ConfigurationError when the URL cannot be understood.
     """
     options: dict[str, Any] = {
@@ -52,97 +69,92 @@ def connect(url: str, *, timeout_s: float, decode: bool = True, pool_size: int =
     pool = {"max_connections": pool_size, "timeout": timeout_s}
     try:
         if url.startswith(("redis+sentinel://", "rediss+sentinel://")):
-            return _from_sentinel(url, options, pool)
-        return redis.Redis(connection_pool=_Pool.from_url(url, **pool, **options))
+            client = _from_sentinel(url, options, pool)
+        else:
+            client = redis.Redis(connection_pool=_Pool.from_url(url, **pool, **options))
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"ZFLEET_REDIS_URL {mask_url(url)!r}: {error}") from None
+    assert isinstance(client.connection_pool, _Pool)
+    client.connection_pool.connected = connected
+    return client
 
 
-def command(client: Client, *args: str | float) -> Any:
-    """Send one command and return its plain reply: without redis-py's metrics, which take as long as the command."""
+def exchange(client: Client, commands: Sequence[Command]) -> tuple[list[Any], str]:
+    """Send commands in one go; return their plain replies, errors among them, and the history they were answered from.
+
+    Without redis-py's metrics, which take as long as the command. Raises the first error that is transient.
+    """
     pool: Any = client.connection_pool
     connection = pool.get_connection()
     try:
-        connection.send_command(*args)
-        return connection.read_response()  # both close the connection when it breaks
-    except redis.ResponseError as error:
-        if transient(error):  # the next try may find another primary
-            connection.disconnect()
-        raise
+        return _exchange(connection, commands)
     finally:
         pool.release(connection)
 
 
-def run_script(client: Client, script: Script, args: Sequence[str | float]) -> Any:
-    """Run a script by its SHA, and by its source where this Redis has not seen it yet."""
-    source, sha = script
+def _exchange(connection: Any, commands: Sequence[Command]) -> tuple[list[Any], str]:
     try:
-        return command(client, "EVALSHA", sha, 0, *args)
-    except redis.exceptions.NoScriptError:
-        return command(client, "EVAL", source, 0, *args)
+        connection.send_packed_command(connection.pack_commands(commands))
+        replies = [_reply(connection) for _ in commands]
+        for reply in replies:
+            if isinstance(reply, Exception) and transient(reply):
+                raise reply  # and connect anew: the next try may find another primary
+    except BaseException:
+        connection.disconnect()  # Sentinel's connections do not by themselves, and would keep what was not read
+        raise
+    return replies, getattr(connection, "history", "")
 
 
-def run_scripts(client: Client, calls: Sequence[tuple[Script, Sequence[str | float]]]) -> list[Any]:
-    """Run scripts in one round trip, in this order; an error that is not transient stands in the place of its reply."""
-    pipeline: Any = client.pipeline(transaction=False)
-    scripts = {script for script, _ in calls}
-    for source, _ in scripts:
-        pipeline.script_load(source)
-    for (_, sha), args in calls:
-        pipeline.evalsha(sha, 0, *args)
-    replies: list[Any] = pipeline.execute(raise_on_error=False)
-    for reply in replies:
-        if isinstance(reply, Exception) and transient(reply):
-            raise reply
-    return replies[len(scripts) :]
-
-
-def history(client: Client) -> str:
-    """Return Redis' name for the history of its data, new with each restart and failover; empty where it tells none."""
+def _reply(connection: Any) -> Any:
     try:
-        text = str(command(client, "INFO", "replication"))
+        return connection.read_response()
     except redis.ResponseError as error:
-        if transient(error):
-            raise
-        return ""
-    found = re.search(r"master_replid:(\w+)", text)
-    return found[1] if found else ""
+        return error
 
 
-def messages(
-    client: Client,
-    channels: Sequence[str],
-    stop: Callable[[], bool],
-    *,
-    away: Callable[[], None],
-    back: Callable[[], None],
-) -> Iterator[str | None]:
+def run_script(client: Client, script: Script, args: Command) -> tuple[Any, str]:
+    """Run a script by its SHA, and by its source where this Redis has not seen it yet; return also the history."""
+    source, sha = script
+    (reply,), history = exchange(client, [("EVALSHA", sha, 0, *args)])
+    if isinstance(reply, redis.exceptions.NoScriptError):
+        (reply,), history = exchange(client, [("EVAL", source, 0, *args)])
+    if isinstance(reply, Exception):
+        raise reply
+    return reply, history
+
+
+def run_scripts(send: Send, calls: Sequence[tuple[Script, Command]]) -> tuple[list[Any], str]:
+    """Run scripts in one round trip, in this order; an error that will not pass stands in the place of its reply."""
+    loads = [("SCRIPT", "LOAD", source) for source, _ in {script for script, _ in calls}]
+    replies, history = send([*loads, *(("EVALSHA", sha, 0, *args) for (_, sha), args in calls)])
+    return replies[len(loads) :], history
+
+
+def messages(client: Client, channels: Sequence[str], stop: Callable[[], bool]) -> Iterator[str | None]:
     """Yield what is published, until `stop`; None once a (re-)subscription stands, as things may have been missed.
 
-    It reconnects for ever. `away` is called whenever Redis is lost, `back` once it is there again, before the None.
+    It reconnects for ever.
     """
     while not stop():
         subscription: Any = client.pubsub()  # type: ignore[no-untyped-call]
         try:
             subscription.subscribe(*channels)
-            yield from _heard(subscription, stop, back)
+            yield from _heard(subscription, stop)
         except redis.RedisError as error:
             if not transient(error):
                 raise
-            away()
             time.sleep(RESUBSCRIBE_WAIT_S)
         finally:
             subscription.close()
 
 
-def _heard(subscription: Any, stop: Callable[[], bool], back: Callable[[], None]) -> Iterator[str | None]:
+def _heard(subscription: Any, stop: Callable[[], bool]) -> Iterator[str | None]:
     asked = False
     while not stop():
         message = subscription.get_message(timeout=LISTEN_S)
         if message is not None:
             asked = False
             if message["type"] == "subscribe":
-                back()
                 yield None
             elif message["type"] == "message":
                 yield message["data"]
@@ -160,15 +172,45 @@ class _Pool(redis.BlockingConnectionPool):
     died shows it by an error, and `patiently` sends again; one that was left in the middle of a reply has been closed.
     """
 
+    connected: Connected | None = None
+
     def make_connection(self) -> Any:
         connection: Any = super().make_connection()  # type: ignore[no-untyped-call]
         look = connection.can_read
         connection.can_read = lambda timeout=0: timeout > 0 and look(timeout)
+        if self.connected:
+            connection.register_connect_callback(self._ask_history)
         return connection
+
+    def _ask_history(self, connection: Any) -> None:
+        (reply,), _ = _exchange(connection, [("INFO", "replication")])
+        found = _HISTORY.search(str(reply))
+        connection.history = found[1] if found else secrets.token_hex(20)  # unknown is never the same
+        try:
+            if self.connected:
+                self.connected(connection.history, partial(_exchange, connection))
+        except BaseException:
+            connection.disconnect()
+            raise
 
 
 class _SentinelPool(SentinelConnectionPool, _Pool):
-    """The same, of connections that ask the Sentinels for the primary each time they connect."""
+    """The same, of connections to the primary that the Sentinels name; whether it still is the primary is asked again.
+
+    For after a failover, the old primary may take writes for some more seconds, only to forget them when it is demoted.
+    """
+
+    _ask_at = 0.0
+
+    def get_connection(self, *_: Any, **__: Any) -> Any:
+        now = time.monotonic()
+        if now >= self._ask_at:
+            self._ask_at = now + ASK_SENTINEL_S
+            try:
+                self.get_master_address()  # type: ignore[no-untyped-call]  # closes idle ones to another
+            except redis.RedisError:  # Sentinels that are away are no reason not to use what we have
+                self._ask_at = now + ASK_SENTINEL_S * 10
+        return super().get_connection()  # type: ignore[no-untyped-call]
 
     def owns_connection(self, connection: Any) -> bool:
         """Take back a connection that is not to the primary as well, closed: to drop it, as redis-py does, leaks it."""
