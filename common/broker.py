@@ -6,6 +6,7 @@ Redis stays away longer than the broker's patience.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -84,15 +85,19 @@ class Broker:
 
     # The gateway's side
 
-    def submit(self, task: NewTask) -> Submitted:
-        """Accept a task, once per id and per Idempotency-Key; raises QueueFull, IdempotencyConflict."""
+    def submit(self, task: NewTask, *, closed: bool = False) -> Submitted:
+        """Accept a task, once per id and per Idempotency-Key; raises QueueFull, IdempotencyConflict.
+
+        With `closed` nothing new is accepted, and only what was accepted before is found.
+        """
         request = task.request
         queue = keys.queue_name(request.model, request.priority, task.tenant)
         idempotency = hashlib.sha256(task.idempotency_key.encode()).hexdigest() if task.idempotency_key else ""
+        cap = 0 if closed else self._settings.queue_cap
         deadline_ms = math.ceil(request.deadline_s * 1000) if request.deadline_s else 0
         job = json.dumps(["zfleet.task", None, [task.task_id], {}])
         reply = self._run(
-            "submit", task.task_id, task.tenant, request.model, request.priority, queue, self._settings.queue_cap,
+            "submit", task.task_id, task.tenant, request.model, request.priority, queue, cap,
             task.cost, self._retention_ms, deadline_ms, request.n, request.steps, request.model_dump_json(),
             task.request_id, job, idempotency, task.body_hash,
         )  # fmt: skip
@@ -258,7 +263,8 @@ class Broker:
                 tasks.append(claimed(row))
             except ValidationError:
                 error = TaskError(code="unreadable_record", message="this worker cannot read the task's record")
-                self.finish(worker, Hold(row[0], row[1]), "failed", error=error)
+                with contextlib.suppress(RedisUnavailable):  # its lease runs out; the others of this claim are here
+                    self.finish(worker, Hold(row[0], row[1]), "failed", error=error)
         return Claim(tasks, reply[0] == "suspended")
 
     def wait(self, models: Sequence[str]) -> bool:
@@ -322,13 +328,14 @@ class Broker:
 
     # The supervisor's side
 
-    def reap(self, worker: str = "", suspects: Sequence[str] = ()) -> list[Reaped]:
+    def reap(self, worker: str = "", suspects: Sequence[str] = (), bystanders: Sequence[str] = ()) -> list[Reaped]:
         """Take back the runs of a worker known to be dead or, without a name, every run whose lease ran out.
 
-        A crash is counted for the `suspects`, the tasks that were on the dead worker's device, and they will run alone;
-        its other runs are given back unharmed. Of a lease that ran out nobody knows, so every run is a suspect.
+        A crash is counted for the `suspects`; they and the `bystanders` will run alone. Other runs are given back
+        unharmed. Of a lease that ran out nobody knows, so every run is a suspect.
         """
-        reply = self._run("reap", worker, self._settings.crash_limit, self._retention_ms, REAP_BATCH, *suspects)
+        limits = (self._settings.crash_limit, self._retention_ms, REAP_BATCH)
+        reply = self._run("reap", worker, *limits, len(suspects), *suspects, *bystanders)
         return [Reaped(*row) for row in reply]
 
     def expire(self) -> list[str]:
@@ -341,7 +348,9 @@ class Broker:
 
         Does nothing if anybody did it less than `every_s` ago: it reads all open tasks, and once is enough for a fleet.
         """
-        put_back: list[str] = self._run("reconcile", int(RECONCILE_GRACE_S * 1000), int(every_s * 1000))
+        put_back: list[str] = self._run(
+            "reconcile", int(RECONCILE_GRACE_S * 1000), int(every_s * 1000), self._retention_ms
+        )
         return put_back
 
     # Below the surface

@@ -11,21 +11,24 @@ import json
 TASK = "zf:task:"  # + id: the record, a hash       submit, and every transition after it
 TENANT_TASKS = "zf:tasks:"  # + tenant: zset by age  submit
 OPEN = "zf:open"  # zset of ids not yet final       submit; the final transitions remove
-DEADLINES = "zf:deadlines"  # zset of queued ids -> deadline, ms   submit, release, reap; claim, cancel, expire remove
+DEADLINES = (
+    "zf:deadlines"  # zset of queued ids -> deadline, ms   submit, and what puts a task back; claim and the ends remove
+)
 LEASES = "zf:leases"  # zset id -> expiry, ms       claim, beat; finish, release, reap remove
 BELL = "zf:bell:"  # + model: list of wake-ups      submit, claim, release, reap; workers pop
 READY = "zf:ready:"  # + model.priority: zset of tenants with work by virtual start (fair share)   submit, claim
 CLOCK = "zf:clock"  # hash model.priority -> virtual time of the fair share          claim
 TAGS = "zf:tags:"  # + model.priority: hash tenant -> virtual finish of its last task   claim
 CLAIM = "zf:claim:"  # + worker: its last claim, so that a re-sent one gives the same tasks   claim
+DEAD = "zf:dead:"  # + worker: there for a while after its runs were taken back   reap
 IDEMPOTENCY = "zf:idem:"  # + tenant:hash of the key: id and body hash      submit
 PACE = "zf:pace"  # hash model -> ms one task takes on one slot, smoothed      finish
 RECONCILED = "zf:reconciled"  # there while the last reconciliation is fresh     reconcile
 WORKERS = "zf:workers"  # zset worker name -> last beat, ms      beat
 CARD = "zf:card:"  # + worker: how it describes itself, JSON     beat
 PROBE = "zf:probe"  # proves that Redis takes writes        ready
-ENDS = "zf:ends"  # channel: "<id> <final state> <step> <steps>"    finish, cancel, claim, reap
-STEPS = "zf:steps"  # channel: the same of all that happens before  progress, claim, release, reap
+ENDS = "zf:ends"  # channel: "<id> <final state> <step> <steps>"    whatever makes a task final
+STEPS = "zf:steps"  # channel: the same of all that happens before  progress, claim, and what puts a task back
 
 # RQ's                                             written by
 RQ_QUEUES = "rq:queues"  # set of queue keys         submit
@@ -33,7 +36,7 @@ RQ_QUEUE = "rq:queue:"  # + queue: list of ids       submit, claim, release, rea
 RQ_JOB = "rq:job:"  # + id: hash                     submit, and every transition after it
 RQ_STARTED = "rq:wip:"  # + queue: zset id:attempt   claim; finish, release, reap remove
 RQ_FINISHED = "rq:finished:"  # + queue              finish
-RQ_FAILED = "rq:failed:"  # + queue                  finish, reap, claim (forged jobs)
+RQ_FAILED = "rq:failed:"  # + queue                  finish, reap, expire, view, claim (forged jobs)
 RQ_CANCELED = "rq:canceled:"  # + queue              cancel, finish
 RQ_WORKER = "rq:worker:"  # + worker: hash           RQ's registration; claim, finish, beat keep it current
 RQ_WORKERS = "rq:workers"  # set of worker keys       RQ's registration; reap removes the dead
@@ -43,6 +46,7 @@ RQ_SUSPENDED = "rq:suspended"  # set by `rq suspend`; claim obeys
 # Times to live
 CARD_BEATS = 5  # a card outlives its worker by this many beats
 CLAIM_TTL_S = 120  # a re-sent claim comes within seconds
+DEAD_TTL_S = 120  # and so does one that its dead worker had still sent
 IDEMPOTENCY_TTL_S = 24 * 3600
 BELL_TTL_S = 3600
 TOMBSTONE_FACTOR = 2  # a record outlives its result by as long again, to answer "expired" rather than "unknown"

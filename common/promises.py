@@ -48,9 +48,11 @@ class Promises:
 
     def connected(self, history: str, send: Send) -> None:
         """Tell a Redis that has just been connected to what it may have forgotten, if its data has another history."""
-        if history != self._history:
-            self._history = history
-            self._doubts += 1
+        with self._lock:
+            # any: while a failover goes on, another connection may still have been taken by the old primary
+            if history != self._history or any(promise.history != history for promise in self._kept):
+                self._history = history
+                self._doubts += 1
         self.renew(send)
 
     def heed(self, script: str, args: tuple[str | float, ...], reply: Any, history: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from common.broker import Broker
-from common.errors import AlreadyFinal, RedisUnavailable, TaskExpired, UnknownTask
+from common.errors import AlreadyFinal, QueueFull, RedisUnavailable, StorageFull, TaskExpired, UnknownTask
 from common.models import Catalogue
 from common.records import NewTask
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus, TaskSummary
@@ -51,7 +51,7 @@ class Tasks:
     ) -> Accepted:
         """Accept a request; raises InvalidRequest, UnknownModel, QueueFull, StorageFull, IdempotencyConflict."""
         resolved = submission.resolve(request, self._catalogue)
-        self._disk.check()
+        full = self._disk.reason()
         task = NewTask(
             task_id=submission.new_task_id(),
             tenant=tenant,
@@ -60,7 +60,12 @@ class Tasks:
             idempotency_key=idempotency_key,
             body_hash=submission.body_hash(request) if idempotency_key else "",
         )
-        done = self._broker.submit(task)
+        try:
+            done = self._broker.submit(task, closed=bool(full))
+        except QueueFull:
+            if full:
+                raise StorageFull(full) from None
+            raise
         if done.created:
             return Accepted(
                 task_id=done.task_id, status=TaskStatus.QUEUED, position=done.position, eta_seconds=done.eta_seconds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from common.schemas import ImageRef, StageTimings, TaskError
 from common.storage.base import BaseStorage, attempt_folder
 from common.telemetry import get_logger
 from worker.encoding import encode
+from worker.heartbeat import Heartbeat
 from worker.held import HeldTask
 
 log = get_logger()
@@ -31,7 +31,13 @@ class Committer:
     """Ends tasks in the background. `committed` is called for each one, whatever became of it."""
 
     def __init__(
-        self, worker: str, broker: Broker, storage: BaseStorage, *, committed: Callable[[HeldTask], None]
+        self,
+        worker: str,
+        broker: Broker,
+        storage: BaseStorage,
+        *,
+        committed: Callable[[HeldTask], None],
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self._worker = worker
         self._broker = broker
@@ -40,7 +46,9 @@ class Committer:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="commit")
         self._closing = threading.Event()
         self._abandon_at = FOREVER  # on time.monotonic's clock
-        self._storing: dict[int, float] = {}  # task at a thread -> since when
+        self._heartbeat = heartbeat or Heartbeat()
+        self._storing: dict[HeldTask, float] = {}  # since when, on the same clock
+        self._lock = threading.Lock()  # of that
 
     def commit(self, task: HeldTask) -> None:
         """Take over a task that has its outcome; returns at once."""
@@ -48,7 +56,8 @@ class Committer:
 
     def standing_s(self) -> float:
         """Return how long the slowest of the writes under way has been going on; 0 without any."""
-        return time.monotonic() - min(tuple(self._storing.values()), default=math.inf) if self._storing else 0.0
+        with self._lock:
+            return time.monotonic() - min(self._storing.values()) if self._storing else 0.0
 
     def close(self, *, abandon_after_s: float = FOREVER) -> None:
         """Wait until everything taken over is committed, but no longer than this for Redis or the disk to be back."""
@@ -59,9 +68,7 @@ class Committer:
     def _run(self, task: HeldTask) -> None:
         try:
             began = time.perf_counter()
-            self._storing[id(task)] = time.monotonic()
             images = self._store(task) if task.outcome == "succeeded" else []
-            del self._storing[id(task)]
             if task.outcome == "released":
                 self._broker.release(self._worker, task.hold, patience_s=FOREVER, give_up=self._abandoned)
             elif task.outcome in ("succeeded", "failed", "canceled"):
@@ -79,7 +86,6 @@ class Committer:
             # The lease runs out and the supervisor takes the task back, so nothing is lost.
             log.error("commit_failed", task_id=task.claimed.task_id, error=type(error).__name__)
         finally:
-            self._storing.pop(id(task), None)
             task.pixels.clear()
             self._committed(task)
 
@@ -113,6 +119,7 @@ class Committer:
         request = task.claimed.request
         folder = attempt_folder(self._worker, *task.hold, datetime.now(UTC).date())
         keys = {index: f"{folder}/{index}.{request.format}" for index in sorted(task.pixels)}
+        self._note(task, began=True)
         try:
             return [self._put(task, index, key) for index, key in keys.items()]
         except FleetError as error:
@@ -126,8 +133,20 @@ class Committer:
             task.outcome = "failed"
             message = f"the picture could not be written as {request.format} ({type(error).__name__})"
             task.error = TaskError(code="encode_failed", message=message)
+        finally:
+            self._note(task, began=False)
         self._discard(keys.values())
         return []
+
+    def _note(self, task: HeldTask, *, began: bool) -> None:
+        """Let the supervisor know who is at fault should an encoder take the process down, and the pulse who hangs."""
+        with self._lock:
+            if began:
+                self._storing[task] = time.monotonic()
+            else:
+                del self._storing[task]
+                task.stored = True
+            self._heartbeat.storing([storing.in_hand for storing in self._storing])
 
     def _put(self, task: HeldTask, index: int, key: str) -> ImageRef:
         request, pixels = task.claimed.request, task.pixels[index]

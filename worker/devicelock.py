@@ -7,17 +7,24 @@ import os
 import tempfile
 from pathlib import Path
 
+SHARED = Path("/run/lock")  # the same for all services of a machine, as /tmp need not be
 
-def acquire(gpu_index: str) -> int | None:
-    """Return a descriptor that holds this machine's lock on a GPU, or None where another process has it.
+
+def acquire(gpu_index: str) -> int:
+    """Return a descriptor that holds this machine's lock on a GPU.
 
     Whoever inherits the descriptor holds the lock too: it is free once the supervisor and its worker are both gone.
+    Raises BlockingIOError where another process has it, and OSError where there can be no lock.
     """
-    path = Path(tempfile.gettempdir(), f"zfleet-gpu{gpu_index}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    folder = SHARED if os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
+    path = folder / f"zfleet-gpu{gpu_index}.lock"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # another user's will do: a lock needs no more
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         os.close(descriptor)
-        return None
+        raise
     return descriptor

@@ -20,6 +20,8 @@ from worker.pipelines.base import BasePipeline, ImageRequest
 
 log = get_logger()
 
+LEAVING_WAIT_S = 0.002
+
 
 class Engine:
     """Advances the runs of all held tasks. `turn` belongs to one thread; `offer` and `await_room` to any other."""
@@ -54,6 +56,7 @@ class Engine:
         self._waiting: deque[tuple[HeldTask, int]] = deque()  # pictures not begun
         self._active: list[Picture] = []
         self._held: list[HeldTask] = []  # taken in and without an outcome
+        self._leaving: HeldTask | None = None  # one that had to be alone, and is still being stored
         self._last_model = ""
 
     @property
@@ -116,6 +119,7 @@ class Engine:
         for task in tuple(self._held):
             if begun or task.began is None:
                 self._end(task, "released")
+        self._heartbeat.at(Stage.IDLE)
 
     def abandon(self) -> None:
         """After DeviceFailed: end as `released` every task but those in the call that failed, which are for the
@@ -151,7 +155,12 @@ class Engine:
             self._waiting.extend((task, index) for index in range(task.claimed.request.n))
 
     def _must_wait(self, task: HeldTask) -> bool:
-        """Whether this task or one that is active has to be alone on the device."""
+        """Whether this task or another has to be alone, until its pictures are stored."""
+        if self._leaving:
+            if not self._leaving.stored:
+                time.sleep(LEAVING_WAIT_S)
+                return True
+            self._leaving = None
         others = [picture.task for picture in self._active if picture.task is not task]
         return bool(others) and (task.alone or any(other.alone for other in others))
 
@@ -161,7 +170,7 @@ class Engine:
         task.began = task.began or began
         if limit_s := self._run_limits.get(request.model):
             task.fuses[index] = time.monotonic() + limit_s
-        self._heartbeat.busy([task.on_device])
+        self._heartbeat.busy([task.in_hand])
         try:
             run = self._pipeline(request.model).start(
                 ImageRequest(
@@ -233,27 +242,29 @@ class Engine:
 
     def _step(self, batch: Sequence[Picture]) -> None:
         pipeline = self._pipeline(self._last_model)
-        self._heartbeat.busy([task.on_device for task in dict.fromkeys(picture.task for picture in batch)])
+        self._heartbeat.busy([task.in_hand for task in dict.fromkeys(picture.task for picture in batch)])
         try:
             pipeline.step([picture.run for picture in batch])
+            return
         except DeviceFailed:
             raise
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0].task, error)
                 return
-            # One run may have broken the forward of all: each goes on alone, and only the culprit fails.
             log.warning("step_failed", model=self._last_model, batch=len(batch), error=type(error).__name__)
-            pipeline.release_memory()
-            for picture in batch:
-                if picture in self._active:
-                    self._step([picture])
+        # One run may have broken the forward of all: each goes on alone, and only the culprit fails. Not within the
+        # handler, where the error would keep alive what the failed forward had put into memory.
+        pipeline.release_memory()
+        for picture in batch:
+            if picture in self._active:
+                self._step([picture])
 
     def _finish(self, picture: Picture) -> None:
         task = picture.task
         pipeline = self._pipeline(task.claimed.request.model)
         began = time.perf_counter()
-        self._heartbeat.busy([task.on_device])
+        self._heartbeat.busy([task.in_hand])
         try:
             task.pixels[picture.index] = pipeline.finish(picture.run)
         except DeviceFailed:
@@ -288,6 +299,8 @@ class Engine:
         self._drop([picture for picture in self._active if picture.task is task])
         if outcome != "succeeded":
             task.pixels.clear()
+        elif task.alone:
+            self._leaving = task
         self._retire(task)
 
     def _again_alone(self, task: HeldTask) -> None:
@@ -303,8 +316,9 @@ class Engine:
         self._waiting.extendleft((task, index) for index in reversed(range(task.claimed.request.n)))
 
     def _drop(self, pictures: Sequence[Picture]) -> None:
-        """Take pictures of one task off the device."""
+        """Take pictures of one task off the device, which is a call on it like any other."""
         for picture in pictures:
+            self._heartbeat.busy([picture.task.in_hand])
             self._active.remove(picture)
             pipeline = self._pipeline(picture.task.claimed.request.model)
             pipeline.discard(picture.run)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Self, TypeVar
 
 import pynvml
 
@@ -63,6 +65,40 @@ def choose(devices: str) -> list[str]:
         if not (part.isascii() and part.isdigit()) or int(part) >= there:
             raise ConfigurationError(f"devices: {part!r} is not a GPU of this machine, which has {there}; or say cpu")
     return chosen
+
+
+class Watch:
+    """Asks the driver in a thread of its own, so that one which hangs holds up nobody. Readings are the latest had."""
+
+    def __init__(self, indices: Iterable[int], *, every_s: float) -> None:
+        self._every_s = every_s
+        self._readings: dict[int, GpuReading | None] = dict.fromkeys(indices)
+        self._missed = dict.fromkeys(self._readings, 0)
+
+    def start(self) -> Self:
+        """Ask from now on, where there is anything to ask about."""
+        if self._readings:
+            threading.Thread(target=self._run, name="nvml", daemon=True).start()
+        return self
+
+    def reading(self, index: int) -> GpuReading | None:
+        """Return the state of a GPU, or None while the driver has not told."""
+        return self._readings.get(index)
+
+    def is_lost(self, index: int) -> bool:
+        """Whether a GPU was gone the last two times, as once may be a driver that stumbles."""
+        return self._missed.get(index, 0) > 1
+
+    def look(self) -> None:
+        """Ask once."""
+        for index in self._readings:
+            self._readings[index] = read(index)
+            self._missed[index] = self._missed[index] + 1 if lost(index) else 0
+
+    def _run(self) -> None:
+        while True:
+            self.look()
+            time.sleep(self._every_s)
 
 
 def memory_mb(index: int) -> int | None:

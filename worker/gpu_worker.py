@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -33,6 +34,7 @@ from worker.heartbeat import Heartbeat, Stage
 from worker.held import HeldTask
 from worker.pulse import Pulse
 from worker.residency import Residency
+from worker.slot import BAD_CONFIGURATION, RECYCLE
 
 log = get_logger()
 
@@ -70,6 +72,7 @@ class GpuWorker(SimpleWorker):
         super().__init__(queues, name=name, connection=connection, serializer=JSONSerializer)
         self.worker_ttl = int(settings.lease_s)
         self.vitals = heartbeat
+        self.gpus = gpu.Watch([] if device == gpu.CPU else [int(device)], every_s=settings.beat_s).start()
         self.broker = Broker(settings)
         self.residency = Residency(self.catalogue, device="cpu" if device == gpu.CPU else "cuda")
         self.engine = Engine(
@@ -81,7 +84,9 @@ class GpuWorker(SimpleWorker):
             fence_after_s=settings.lease_s * 2 / 3,
             heartbeat=heartbeat,
         )
-        self.committer = Committer(name, self.broker, storage.open_storage(settings), committed=self._committed)
+        self.committer = Committer(
+            name, self.broker, storage.open_storage(settings), committed=self._committed, heartbeat=heartbeat
+        )
         self.pulse = Pulse(
             name,
             Broker(settings),  # with connections of its own
@@ -95,6 +100,7 @@ class GpuWorker(SimpleWorker):
         self._committing = 0
         self._lock = threading.Lock()
         self._draining = threading.Event()
+        self._leave_at = math.inf
         self._loading = True
         self._images_done = 0
         self._started_at = datetime.now(UTC)
@@ -112,6 +118,7 @@ class GpuWorker(SimpleWorker):
         try:
             self.vitals.at(Stage.LOADING)
             self.residency.prewarm()
+            self.vitals.holds_memory(self.residency.memory_used_mb())
             self.vitals.at(Stage.IDLE)
             self._loading = False
             self.pulse.beat_soon()
@@ -133,11 +140,15 @@ class GpuWorker(SimpleWorker):
         log.info("worker_stopped", images_done=self._images_done)
         return 0
 
-    def drain(self) -> None:
-        """Claim nothing more, finish or give back what is held, then stop. For a signal handler of the main thread."""
+    def drain(self, grace_s: float) -> None:
+        """Claim nothing more, finish what has begun within this time, give back the rest, then stop.
+
+        For a signal handler of the main thread.
+        """
+        self._leave_at = time.monotonic() + grace_s
+        self._draining.set()
         if self._loading:
             raise SystemExit(0)  # nothing is held yet, and loading may take minutes
-        self._draining.set()
         self.engine.hurry()
 
     def card(self) -> WorkerCard:
@@ -154,7 +165,7 @@ class GpuWorker(SimpleWorker):
             pid=os.getpid(),
             state=state,
             device=self.device if self.device == gpu.CPU else f"cuda:{self.device}",
-            gpu=None if self.device == gpu.CPU else gpu.read(int(self.device)),
+            gpu=None if self.device == gpu.CPU else self.gpus.reading(int(self.device)),
             models=list(self.catalogue if self._loading else self.residency.loaded),
             models_loaded=list(self.residency.loaded),
             capacity=self.engine.capacity,
@@ -213,8 +224,9 @@ class GpuWorker(SimpleWorker):
         task = HeldTask(claimed=claimed, deadline=deadline, alone=claimed.alone, leased_at=leased_at)
         with self._lock:
             self._held[id(task)] = task
-        self._learn(claimed.queue)
         self.engine.offer(task)
+        with contextlib.suppress(RedisError):  # then it is learnt with the next one
+            self._learn(claimed.queue)
 
     def _learn(self, queue: str) -> None:
         """Let RQ's tools show this worker at a queue it did not know, as when a new tenant appears."""
@@ -242,11 +254,11 @@ class GpuWorker(SimpleWorker):
             self.engine.turn(0)
             feeder.join(FEEDER_JOIN_S)
         self.engine.release(begun=False)
-        until = time.monotonic() + self.settings.drain_s
-        while not self.engine.idle and time.monotonic() < until:
+        while not self.engine.idle and time.monotonic() < self._leave_at:
             self.engine.turn(0)
         self.engine.release(begun=True)
-        self.committer.close(abandon_after_s=max(0.0, until - time.monotonic()) + COMMIT_PATIENCE_S)
+        left_s = max(0.0, min(self._leave_at - time.monotonic(), self.settings.drain_s))
+        self.committer.close(abandon_after_s=left_s + COMMIT_PATIENCE_S)
 
 
 def main(name: str, device: str, settings: Settings, parent_pipe: int | None, heartbeat: int = -1) -> int:
@@ -263,17 +275,21 @@ def main(name: str, device: str, settings: Settings, parent_pipe: int | None, he
             timeout_s=settings.redis_timeout_s,
         )
     except FleetError as error:
-        log.error("worker_failed", code=error.code, message=error.message)
-        return 1
-    signal.signal(signal.SIGTERM, lambda *_: worker.drain())
+        return _failed(error)
+    signal.signal(signal.SIGTERM, lambda *_: worker.drain(settings.drain_s))
+    signal.signal(RECYCLE, lambda *_: worker.drain(math.inf))
     if parent_pipe is not None:
         patience_s = settings.drain_s + ORPHAN_MARGIN_S
         threading.Thread(target=_watch_parent, args=(parent_pipe, patience_s), name="parent", daemon=True).start()
     try:
         return worker.run()
     except FleetError as error:
-        log.error("worker_failed", code=error.code, message=error.message)
-        return 2 if isinstance(error, ConfigurationError) else 1
+        return _failed(error)
+
+
+def _failed(error: FleetError) -> int:
+    log.error("worker_failed", code=error.code, message=error.message)
+    return BAD_CONFIGURATION if isinstance(error, ConfigurationError) else 1
 
 
 def _watch_parent(pipe: int, patience_s: float) -> None:

@@ -1,4 +1,7 @@
-"""What a worker has on its device and since when, in memory that its supervisor can read, also after its death."""
+"""What a worker has in hand and since when, in memory that its supervisor can read, also after its death.
+
+A number is stored and read as a whole, eight bytes at once, for the other side may look at any moment.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,15 @@ from typing import Literal, NamedTuple
 
 Cause = Literal["run_limit", "deadline"]
 
-_HEAD = struct.Struct("<BxxxIdI")  # stage, device memory in MiB, since, how many entries follow
-_STAGE_AT, _MEMORY_AT, _SINCE_AT, _COUNT_AT = 0, 4, 8, 16
-_SINCE = struct.Struct("<d")
-_NUMBER = struct.Struct("<I")
-_ENTRY = struct.Struct("<64sIdB")  # task id, fence, stop_at, cause
 _CAUSES: tuple[Cause, ...] = ("run_limit", "deadline")
+_ENTRY = struct.Struct("<64sIdB")  # task id, fence, stop_at, cause
 _MOST_ENTRIES = 256  # tasks beyond are not told of; no device advances that many at once
-_SIZE = _HEAD.size + _MOST_ENTRIES * _ENTRY.size
+
+# Places of the numbers, and where the two lists of entries begin
+_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE = range(5)
+_NUMBERS = 8 * 8  # bytes
+_LIST = _MOST_ENTRIES * _ENTRY.size
+_SIZE = _NUMBERS + 2 * _LIST
 
 
 class Stage(IntEnum):
@@ -33,8 +37,8 @@ class Stage(IntEnum):
     BUSY = 3  # in a call on the device
 
 
-class OnDevice(NamedTuple):
-    """A task whose run is in the call on the device. `stop_at`, on the monotonic clock, may be infinite."""
+class InHand(NamedTuple):
+    """A task that a worker is at. `stop_at`, on the monotonic clock, may be infinite."""
 
     task_id: str
     fence: int
@@ -49,14 +53,19 @@ class Reading:
     stage: Stage
     since: float
     device_mb: int
-    on_device: Sequence[OnDevice]
+    on_device: Sequence[InHand]  # in the call that it is in
+    in_store: Sequence[InHand]  # being encoded or stored, beside that
 
 
 def shared_file() -> int:
     """Return the descriptor of a new nameless file for one heartbeat, to be handed to a child."""
-    with tempfile.TemporaryFile(prefix="zfleet-heartbeat-") as file:
-        file.truncate(_SIZE)
-        return os.dup(file.fileno())
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("zfleet-heartbeat")  # in memory, as to touch a page of a full disk is a SIGBUS
+    else:
+        with tempfile.TemporaryFile(prefix="zfleet-heartbeat-") as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, _SIZE)
+    return descriptor
 
 
 class Heartbeat:
@@ -64,34 +73,40 @@ class Heartbeat:
 
     def __init__(self, descriptor: int = -1) -> None:
         self._memory = mmap.mmap(descriptor, _SIZE)
-        self._carried: Sequence[OnDevice] | None = None
+        self._bytes = memoryview(self._memory)
+        self._numbers = self._bytes[:_NUMBERS].cast("d")
+        self._told: dict[int, Sequence[InHand]] = {}
 
     def at(self, stage: Stage) -> None:
         """Say what begins now."""
         # in this order, so that no reader takes a call that just begins for one that began long ago
-        _SINCE.pack_into(self._memory, _SINCE_AT, time.monotonic())
-        self._memory[_STAGE_AT] = stage
+        self._numbers[_SINCE] = time.monotonic()
+        self._numbers[_STAGE] = stage
 
-    def busy(self, on_device: Sequence[OnDevice]) -> None:
+    def busy(self, on_device: Sequence[InHand]) -> None:
         """Say that a call on the device begins, and whose runs are in it."""
-        if on_device != self._carried:
-            self._carry(on_device)
-        self.at(Stage.BUSY)
+        self._numbers[_SINCE] = time.monotonic()
+        self._tell(_ON_DEVICE, on_device)
+        self._numbers[_STAGE] = Stage.BUSY
+
+    def storing(self, in_store: Sequence[InHand]) -> None:
+        """Say whose pictures are being encoded and stored; by one thread at a time."""
+        self._tell(_IN_STORE, in_store)
 
     def holds_memory(self, device_mb: int) -> None:
         """Say how much of the device's memory this process keeps between two steps."""
-        _NUMBER.pack_into(self._memory, _MEMORY_AT, device_mb)
+        self._numbers[_MEMORY] = device_mb
 
     def read(self) -> Reading:
         """Return the state; what was on the device stays told until something else is."""
-        stage, device_mb, since, count = _HEAD.unpack_from(self._memory)
-        entries = [_ENTRY.unpack_from(self._memory, _HEAD.size + i * _ENTRY.size) for i in range(count)]
-        on_device = [
-            OnDevice(name.rstrip(b"\0").decode(), fence, stop_at, _CAUSES[cause])
-            for name, fence, stop_at, cause in entries
-        ]
-        busy = Stage(stage) is Stage.BUSY
-        return Reading(stage=Stage(stage), since=since, device_mb=device_mb, on_device=on_device if busy else ())
+        stage = Stage(int(self._numbers[_STAGE]))
+        return Reading(
+            stage=stage,
+            since=self._numbers[_SINCE],
+            device_mb=int(self._numbers[_MEMORY]),
+            on_device=self._listed(_ON_DEVICE) if stage is Stage.BUSY else (),
+            in_store=self._listed(_IN_STORE),
+        )
 
     def standing_s(self) -> float:
         """Return how long the worker has been in the call it is in; 0 where it is in none."""
@@ -100,14 +115,29 @@ class Heartbeat:
 
     def close(self) -> None:
         """Let go of the memory."""
+        self._numbers.release()
+        self._bytes.release()
         self._memory.close()
 
-    def _carry(self, on_device: Sequence[OnDevice]) -> None:
-        told = on_device[:_MOST_ENTRIES]
-        _NUMBER.pack_into(self._memory, _COUNT_AT, 0)  # a worker killed in between blames nobody
-        for index, entry in enumerate(told):
-            where = _HEAD.size + index * _ENTRY.size
+    def _tell(self, which: int, entries: Sequence[InHand]) -> None:
+        if entries == self._told.get(which):
+            return
+        told = entries[:_MOST_ENTRIES]
+        self._numbers[which] = 0  # a worker killed in between blames nobody
+        for where, entry in zip(_places(which), told, strict=False):
             name = entry.task_id.encode()
             _ENTRY.pack_into(self._memory, where, name, entry.fence, entry.stop_at, _CAUSES.index(entry.cause))
-        _NUMBER.pack_into(self._memory, _COUNT_AT, len(told))
-        self._carried = list(on_device)
+        self._numbers[which] = len(told)
+        self._told[which] = list(entries)
+
+    def _listed(self, which: int) -> Sequence[InHand]:
+        entries = []
+        for _, where in zip(range(int(self._numbers[which])), _places(which), strict=False):
+            name, fence, stop_at, cause = _ENTRY.unpack_from(self._memory, where)
+            entries.append(InHand(name.rstrip(b"\0").decode(), fence, stop_at, _CAUSES[cause]))
+        return entries
+
+
+def _places(which: int) -> range:
+    begin = _NUMBERS + (which - _ON_DEVICE) * _LIST
+    return range(begin, begin + _LIST, _ENTRY.size)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from common.records import Claimed, Hold, Verdict
 from common.schemas import TaskError
-from worker.heartbeat import Cause, OnDevice
+from worker.heartbeat import Cause, InHand
 from worker.pipelines.base import Run
 
 Outcome = Literal["succeeded", "failed", "canceled", "released", "lost"]
@@ -28,6 +28,7 @@ class HeldTask:
     leased_at: float = field(default_factory=time.monotonic)  # its lease was renewed no earlier than this
     verdict: Verdict = "ok"  # set by the thread that talks to Redis; obeyed at the next step
     outcome: Outcome | None = None
+    stored: bool = False  # nothing of it is left to be encoded or stored
     error: TaskError | None = None
     pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by picture, (height, width, 3)
     fuses: dict[int, float] = field(default_factory=dict)  # by picture that is being made: when it must be stopped
@@ -63,9 +64,9 @@ class HeldTask:
         return run_limit, "run_limit"
 
     @property
-    def on_device(self) -> OnDevice:
+    def in_hand(self) -> InHand:
         """How the supervisor is told of it."""
-        return OnDevice(*self.hold, *self.stop)
+        return InHand(*self.hold, *self.stop)
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from common.records import Hold, Reaped
 from common.schemas import TaskError
 from common.storage.base import BaseStorage, discard_attempt
 from common.telemetry import get_logger
-from worker.heartbeat import OnDevice
+from worker.heartbeat import InHand
 
 log = get_logger()
 
@@ -21,11 +21,12 @@ RECONCILE_INTERVAL_S = 30.0  # of the whole fleet
 
 
 class Burial(NamedTuple):
-    """A dead worker: the tasks that were on its device, and those of them whose limit it was killed for."""
+    """A dead worker: the tasks that may have killed it, those that stood by, and those it was killed for itself."""
 
     worker: str
-    suspects: Sequence[OnDevice] = ()
-    tripped: Sequence[OnDevice] = ()
+    suspects: Sequence[InHand] = ()
+    bystanders: Sequence[InHand] = ()
+    tripped: Sequence[InHand] = ()
 
 
 class Reaper:
@@ -80,7 +81,8 @@ class Reaper:
             message = "stopped: its step stood still on the device beyond the time it had"
             error = TaskError(code="deadline_exceeded", message=message)
             self._broker.finish(burial.worker, Hold(task.task_id, task.fence), "failed", error=error)
-        self._note(self._broker.reap(burial.worker, [task.task_id for task in burial.suspects]))
+        suspects, bystanders = ([task.task_id for task in group] for group in (burial.suspects, burial.bystanders))
+        self._note(self._broker.reap(burial.worker, suspects, bystanders))
 
     def _note(self, reaped: list[Reaped]) -> None:
         for task_id, fence, outcome, worker, request_id in reaped:

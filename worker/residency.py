@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from common import registry
-from common.errors import FleetError, ModelLoadFailed
+from common.errors import DeviceFailed, ModelLoadFailed
 from common.models import Catalogue
 from common.telemetry import get_logger
 from worker import pipelines
@@ -39,10 +39,14 @@ class Residency:
             try:
                 self.pipeline(model)
             except ModelLoadFailed as error:
-                failures.append(error)
+                failures.append(ModelLoadFailed(error.message))  # without its traceback, which holds what was loaded
                 log.error("model_load_failed", model=model, message=error.message)
         if not self._pipelines:
             raise failures[0]
+
+    def memory_used_mb(self) -> int:
+        """Return the device memory that this process holds, in MiB."""
+        return max((pipeline.memory_used_mb() for pipeline in self._pipelines.values()), default=0)
 
     def pipeline(self, model: str) -> BasePipeline:
         """Return the model's pipeline, loaded and warm; raises ModelLoadFailed."""
@@ -58,9 +62,9 @@ class Residency:
         try:
             pipeline.load()
             pipeline.warm()
-        except FleetError:
+        except (ModelLoadFailed, DeviceFailed):
             raise
-        except Exception as error:
+        except Exception as error:  # of the warm-up too: a model that cannot make one picture is not served
             raise ModelLoadFailed(f"model {model} from {spec.source} cannot be loaded: {error}") from error
         duration_ms = round((time.perf_counter() - began) * 1000, 1)
         log.info("model_loaded", model=model, source=spec.source, device=self._device, duration_ms=duration_ms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from worker.drift import Drift, Sample
 from worker.heartbeat import Heartbeat, Reading, Stage, shared_file
 
 MIB = 1024 * 1024
+BAD_CONFIGURATION = 2  # a child's exit code: restarting will not help until somebody mends the settings
+RECYCLE = signal.SIGUSR1  # asks a child to finish all that has begun, however long it takes, and leave
 
 
 @dataclass

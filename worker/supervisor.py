@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 import secrets
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -22,11 +23,11 @@ from common.storage import open_storage
 from common.telemetry import get_logger
 from worker import devicelock, gpu
 from worker.drift import Drift
-from worker.heartbeat import OnDevice
+from worker.heartbeat import InHand
 from worker.housekeeping import Housekeeping
 from worker.reaper import Burial, Reaper
-from worker.slot import Child, Slot, spawn
-from worker.watchdog import stall
+from worker.slot import BAD_CONFIGURATION, RECYCLE, Child, Slot, spawn
+from worker.watchdog import Stall, stall
 
 log = get_logger()
 
@@ -38,7 +39,7 @@ LONGEST_BACKOFF_S = 30.0
 STEADY_S = 30.0  # a child that lived this long starts its back-off afresh
 KILL_MARGIN_S = 10.0  # beyond the drain time, for commits
 KILL_WAIT_S = 1.0  # a process that the kernel cannot end at once will at least do nothing more
-BAD_CONFIGURATION = 2  # a child's exit code: restarting will not help until somebody mends the settings
+LATE = Stall("drain took too long", blame=False)
 
 
 class Supervisor:
@@ -57,18 +58,21 @@ class Supervisor:
         self._broker = Broker(settings, patience_s=0.0)  # never waits for a Redis that is away
         self._reaper = Reaper(self._broker, open_storage(settings), settings.lease_s)
         self._housekeeping = Housekeeping(settings)
-        self._stopping = threading.Event()
-        self._next_look = self._next_gpu_look = 0.0
+        self._gpus = gpu.Watch([int(device) for device in devices if device != gpu.CPU], every_s=GPU_INTERVAL_S)
+        self._stopping = False  # a bare flag: a handler that runs within Event.wait cannot set that event
+        self._next_look = self._next_report = 0.0
 
     def stop(self) -> None:
         """Ask for a drain; safe from a signal handler."""
-        self._stopping.set()
+        self._stopping = True
 
     def run(self) -> int:
         """Watch over the children until stopped; returns the process's exit code."""
         log.info("supervisor_started", devices=[slot.home for slot in self.slots], models=list(self.settings.models))
         self._housekeeping.start()
-        while not self._stopping.wait(TICK_S):
+        self._gpus.start()
+        while not self._stopping:
+            time.sleep(TICK_S)
             self.tick()
         self._housekeeping.stop()
         self._drain()
@@ -78,30 +82,43 @@ class Supervisor:
     def tick(self) -> None:
         """Look after every child once."""
         now = time.monotonic()
-        look, look_at_gpu = now >= self._next_look, now >= self._next_gpu_look
+        look = now >= self._next_look
         if look:
             self._next_look = now + LOOK_INTERVAL_S
-        if look_at_gpu:
-            self._next_gpu_look = now + GPU_INTERVAL_S
         for slot in self.slots:
-            if look_at_gpu and slot.home != gpu.CPU:
-                self._look_at_gpu(slot)
-            if slot.child is None:
-                if now >= slot.restart_at and not (slot.lost and slot.device == slot.home):
-                    self._start(slot)
-            else:
-                self._watch(slot, slot.child, look=look)
-        self._reaper.tick()
+            try:
+                self._look_after(slot, look=look)
+            except Exception as error:  # no room for another process, say: the other slots are still ours to watch
+                log.error("slot_failed", gpu=slot.home, error=type(error).__name__, message=str(error))
+                slot.restart_at = now + FIRST_BACKOFF_S
+        try:
+            if now >= self._next_report:
+                self._next_report = now + self.settings.beat_s
+                self._report_lost()
+            self._reaper.tick()
+        except Exception as error:  # as where Redis refuses a command: our workers go on
+            log.error("reaping_failed", error=type(error).__name__, message=str(error))
+
+    def _look_after(self, slot: Slot, *, look: bool) -> None:
+        if slot.home != gpu.CPU:
+            self._look_at_gpu(slot)
+        if slot.child is not None:
+            self._watch(slot, slot.child, look=look)
+        elif time.monotonic() >= slot.restart_at and not (slot.lost and slot.device == slot.home):
+            self._start(slot)
 
     # A child's life
 
     def _start(self, slot: Slot) -> None:
         if slot.home != gpu.CPU and slot.lock is None:
-            slot.lock = devicelock.acquire(f"{slot.home}.{slot.nth}")
-            if slot.lock is None:
+            try:
+                slot.lock = devicelock.acquire(f"{slot.home}.{slot.nth}")
+            except BlockingIOError:
                 log.warning("gpu_in_use", gpu=slot.home, by="another supervisor's worker")
                 slot.restart_at = time.monotonic() + FIRST_BACKOFF_S
                 return
+            except OSError as error:
+                log.warning("gpu_not_locked", gpu=slot.home, error=str(error))
         name = f"{_host()}.{'cpu' if slot.device == gpu.CPU else 'gpu'}{slot.index}.{secrets.token_hex(3)}"
         drift = Drift(
             limit_mb=self.settings.drift_mb,
@@ -113,14 +130,20 @@ class Supervisor:
         log.info("worker_started", worker=name, gpu=slot.device, pid=slot.child.process.pid)
 
     def _environment(self, slot: Slot) -> dict[str, str]:
+        settings = self._settings_on(slot.device, slot)
         if slot.device != gpu.CPU:
             # NVML counts by bus order, so CUDA must as well, or we would watch one GPU and use another
-            return child_environment(self.settings, CUDA_VISIBLE_DEVICES=slot.device, CUDA_DEVICE_ORDER="PCI_BUS_ID")
+            return child_environment(settings, CUDA_VISIBLE_DEVICES=slot.device, CUDA_DEVICE_ORDER="PCI_BUS_ID")
         share = max(1, (os.cpu_count() or 1) // len(self.slots))
-        extra = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(self.settings.cpu_threads or share)}
-        if slot.home != gpu.CPU:  # standing in for a GPU, whose limits it cannot keep
-            extra |= {"ZFLEET_RUN_LIMITS": "false", "ZFLEET_STEP_LIMIT_S": str(self.settings.load_limit_s)}
-        return child_environment(self.settings, **extra)
+        threads = str(settings.cpu_threads or share)
+        return child_environment(settings, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=threads)
+
+    def _settings_on(self, device: str, slot: Slot) -> Settings:
+        if device == slot.home:
+            return self.settings
+        # the CPU stands in for a GPU, whose limits it cannot keep
+        changes = {"run_limits": False, "step_limit_s": self.settings.load_limit_s}
+        return self.settings.model_copy(update=changes)
 
     def _watch(self, slot: Slot, child: Child, *, look: bool) -> None:
         code = child.process.poll()
@@ -130,13 +153,13 @@ class Supervisor:
         if child.buried:
             return  # killed, and not gone yet
         now = time.monotonic()
-        stalled = stall(child.watch(), self.settings)
+        stalled = stall(child.watch(), self._settings_on(child.device, slot))
         if stalled:
-            self._kill(child, stalled.cause, stalled.tripped)
+            self._kill(child, stalled)
         elif child.leave_by is not None and now > child.leave_by:
-            self._kill(child, "drain took too long")
+            self._kill(child, LATE)
         elif look and child.is_zombie():
-            self._kill(child, "zombie")
+            self._kill(child, Stall("zombie", blame=False))
         elif look and child.leave_by is None:
             self._look_at_memory(child, now)
 
@@ -148,28 +171,29 @@ class Supervisor:
         if grown:
             log.warning("worker_recycled", worker=child.name, cause=f"{grown.what} memory", grown_mb=grown.mb)
             child.recycled = True
-            self._ask_to_leave(child)
+            child.leave_by = math.inf  # between runs: the watchdog still sees to it that these end
+            child.process.send_signal(RECYCLE)
 
     def _ask_to_leave(self, child: Child) -> None:
         child.leave_by = time.monotonic() + self.settings.drain_s + KILL_MARGIN_S
         child.process.send_signal(signal.SIGTERM)
 
-    def _kill(self, child: Child, cause: str, tripped: Sequence[OnDevice] = ()) -> None:
-        log.warning("worker_killed", worker=child.name, gpu=child.device, cause=cause)
-        for task in tripped:
+    def _kill(self, child: Child, stalled: Stall) -> None:
+        log.warning("worker_killed", worker=child.name, gpu=child.device, cause=stalled.cause)
+        for task in stalled.tripped:
             log.warning("fuse_tripped", task_id=task.task_id, cause=task.cause, worker=child.name)
         child.process.kill()
         try:
             child.process.wait(KILL_WAIT_S)
         except subprocess.TimeoutExpired:
             log.error("worker_will_not_die", worker=child.name, pid=child.process.pid)
-        self._bury(child, tripped)
+        self._bury(child, stalled.tripped, blame=stalled.blame)
 
     def _ended(self, slot: Slot, child: Child, code: int) -> None:
         now = time.monotonic()
         if code == BAD_CONFIGURATION:
             slot.backoff_s = LONGEST_BACKOFF_S
-        elif child.recycled or now - child.started >= STEADY_S:
+        elif child.recycled or (child.ready_at is not None and now - child.ready_at >= STEADY_S):
             slot.backoff_s = 0.0
         if not child.recycled:
             log.warning("worker_died", worker=child.name, gpu=child.device, exit_code=code, restart_in_s=slot.backoff_s)
@@ -178,70 +202,64 @@ class Supervisor:
         slot.restart_at = now + slot.backoff_s
         if not child.recycled:
             slot.backoff_s = min(LONGEST_BACKOFF_S, max(FIRST_BACKOFF_S, slot.backoff_s * 2))
-        if slot.home != gpu.CPU:
-            self._look_at_gpu(slot)
 
-    def _bury(self, child: Child, tripped: Sequence[OnDevice] = ()) -> None:
+    def _bury(self, child: Child, tripped: Sequence[InHand] = (), *, blame: bool = True) -> None:
         if child.buried:
             return
         child.buried = True
-        suspects = [task for task in child.heartbeat.read().on_device if task not in tripped]
+        last = child.heartbeat.read()
         child.close()
-        self._reaper.bury(Burial(child.name, suspects, tripped))
+        suspects, bystanders = last.on_device, last.in_store
+        if not suspects:
+            suspects, bystanders = bystanders, ()  # it died of encoding or storing a picture
+        others = [task for task in suspects if task not in tripped]
+        self._reaper.bury(Burial(child.name, others if blame else (), bystanders if blame else (), tripped))
 
     # A GPU that is lost, and found
 
     def _look_at_gpu(self, slot: Slot) -> None:
-        lost = gpu.lost(int(slot.home))
-        if lost != slot.lost:
-            slot.lost = lost
-            slot.device = gpu.CPU if lost and self.settings.gpu_lost == "cpu" else slot.home
-            slot.backoff_s = 0.0
-            if lost:
-                log.error("gpu_lost", gpu=slot.home, until_it_is_back=self.settings.gpu_lost)
-            else:
-                log.info("gpu_back", gpu=slot.home)
-            child = slot.child
-            if child and child.leave_by is None and (lost or child.device != slot.device):
-                child.recycled = True
-                self._ask_to_leave(child)
-        if slot.lost:
-            self._report_lost(slot)
+        lost = self._gpus.is_lost(int(slot.home))
+        if lost == slot.lost:
+            return
+        slot.lost = lost
+        slot.device = gpu.CPU if lost and self.settings.gpu_lost == "cpu" else slot.home
+        slot.backoff_s = slot.restart_at = 0.0
+        if lost:
+            log.error("gpu_lost", gpu=slot.home, until_it_is_back=self.settings.gpu_lost)
+        else:
+            log.info("gpu_back", gpu=slot.home)
+        child = slot.child
+        if child and child.leave_by is None and (lost or child.device != slot.device):
+            child.recycled = True
+            self._ask_to_leave(child)
 
-    def _report_lost(self, slot: Slot) -> None:
+    def _report_lost(self) -> None:
         now = datetime.now(UTC)
-        card = WorkerCard(
-            name=f"{_host()}.gpu{slot.home}.lost", host=socket.gethostname(), pid=os.getpid(), state="lost",
-            device=f"cuda:{slot.home}", models=[], models_loaded=[], capacity=0, running=[], images_done=0, rss_mb=0,
-            started_at=now, seen_at=now,
-        )  # fmt: skip
-        try:
-            self._broker.beat(card, [], 1)
-        except RedisUnavailable:
-            log.warning("redis_away")
+        for slot in self.slots:
+            if slot.lost:
+                card = WorkerCard(
+                    name=f"{_host()}.gpu{slot.home}.lost", host=socket.gethostname(), pid=os.getpid(), state="lost",
+                    device=f"cuda:{slot.home}", models=[], models_loaded=[], capacity=0, running=[], images_done=0,
+                    rss_mb=0, started_at=now, seen_at=now,
+                )  # fmt: skip
+                with contextlib.suppress(RedisUnavailable):  # the reaper tells
+                    self._broker.beat(card, [], 1)
 
     # The end
 
     def _drain(self) -> None:
-        living = [slot.child for slot in self.slots if slot.child]
-        for child in living:
-            if child.leave_by is None:
-                self._ask_to_leave(child)
-        while living:
-            living = [child for child in living if not self._has_left(child)]
+        for slot in self.slots:
+            if slot.child:
+                self._ask_to_leave(slot.child)
+        while any(slot.child and not self._has_left(slot, slot.child) for slot in self.slots):
             time.sleep(TICK_S / 10)
 
-    def _has_left(self, child: Child) -> bool:
-        if child.process.poll() is None:
-            assert child.leave_by is not None
-            stalled = None if child.buried else stall(child.watch(), self.settings)
-            if stalled:
-                self._kill(child, stalled.cause, stalled.tripped)
-            elif time.monotonic() > child.leave_by and not child.buried:
-                self._kill(child, "drain took too long")
-            return child.buried
-        self._bury(child)
-        return True
+    def _has_left(self, slot: Slot, child: Child) -> bool:
+        if child.process.poll() is not None:
+            self._bury(child)
+        elif not child.buried:
+            self._watch(slot, child, look=False)
+        return child.buried
 
 
 def large_enough(devices: Sequence[str], catalogue: Catalogue, *, skip: bool) -> list[str]:

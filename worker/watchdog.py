@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.settings import Settings
-from worker.heartbeat import OnDevice, Reading, Stage
+from worker.heartbeat import InHand, Reading, Stage
 
 FUSE_GRACE_S = 2.0  # the worker itself stops a run between two steps; this much later it is not going to
 
 
 class Stall(NamedTuple):
-    """Why a worker has to be killed, and which tasks have passed a limit of theirs."""
+    """Why a worker has to be killed, which tasks have passed a limit, and whether those it is at are to blame."""
 
     cause: str
-    tripped: Sequence[OnDevice] = ()
+    tripped: Sequence[InHand] = ()
+    blame: bool = True
 
 
 def stall(reading: Reading, settings: Settings) -> Stall | None:

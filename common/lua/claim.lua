@@ -29,6 +29,7 @@ if last then
   end
 end
 if redis.call('EXISTS', K.RQ_SUSPENDED) == 1 then return {'suspended'} end
+if redis.call('EXISTS', K.DEAD .. worker) == 1 then return {'ok'} end -- sent before it died, and heard after its burial
 
 local function take(id, queue)
   local key = K.TASK .. id

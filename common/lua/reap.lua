@@ -1,6 +1,8 @@
 -- Takes back the runs of a dead worker, or those whose lease ran out: to the head of their queue. One crash is counted
--- for each suspect, which from then on runs alone; a task that has used up its crashes is quarantined as failed.
--- ARGV: worker ('' for every lease that ran out: then all are suspects), crash_limit, retention_ms, limit, suspect id …
+-- for each suspect, which from then on runs alone; a task that has used up its crashes is quarantined as failed. Those that
+-- stood by will run alone too, so that next time there is no doubt.
+-- ARGV: worker ('' for every lease that ran out: then all are suspects), crash_limit, retention_ms, limit,
+--       number of suspects, suspect id …, bystander id …
 -- Returns {{id, fence, 'requeued'|'given_back'|'quarantined'|'canceled', worker, request_id} …}
 local worker, crash_limit, retention_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = now_ms()
@@ -11,8 +13,11 @@ else
   ids = redis.call('ZRANGE', K.LEASES, 0, -1)
 end
 
-local suspects = {}
-for i = 5, #ARGV do suspects[ARGV[i]] = true end
+local suspects, bystanders = {}, {}
+for i = 6, #ARGV do
+  local which = i < 6 + tonumber(ARGV[5]) and suspects or bystanders
+  which[ARGV[i]] = true
+end
 
 local reaped = {}
 for _, id in ipairs(ids) do
@@ -22,10 +27,8 @@ for _, id in ipairs(ids) do
     redis.call('ZREM', K.LEASES, id)
   elseif worker == '' or r[8] == worker then
     local suspect, crashes = worker == '' or suspects[id], 0
-    if suspect then
-      crashes = redis.call('HINCRBY', K.TASK .. id, 'crashes', 1)
-      redis.call('HSET', K.TASK .. id, 'alone', 1)
-    end
+    if suspect then crashes = redis.call('HINCRBY', K.TASK .. id, 'crashes', 1) end
+    if suspect or bystanders[id] then redis.call('HSET', K.TASK .. id, 'alone', 1) end
     end_attempt(id, r[3], r[2], worker == '' and 'lost' or suspect and 'crashed' or 'released', now)
     if r[7] then
       settle(id, r[3], 'canceled', '', now, retention_ms)
@@ -49,6 +52,7 @@ if worker ~= '' then
   redis.call('SREM', K.RQ_WORKERS, K.RQ_WORKER .. worker)
   redis.call('DEL', K.RQ_WORKER .. worker)
   redis.call('DEL', K.CARD .. worker, K.CLAIM .. worker)
+  redis.call('SET', K.DEAD .. worker, '1', 'EX', K.DEAD_TTL_S)
   redis.call('ZREM', K.WORKERS, worker)
 end
 return reaped

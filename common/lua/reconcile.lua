@@ -1,5 +1,6 @@
 -- Puts back every open task that stands in no queue and no lease, as after a lost tail of writes or `rq empty`.
--- ARGV: grace_ms (younger tasks are left alone), every_ms (nothing is done if it was done less long ago; 0: always)
+-- ARGV: grace_ms (younger tasks are left alone), every_ms (nothing is done if it was done less long ago; 0: always),
+--       retention_ms
 -- Returns the ids put back
 if ARGV[2] ~= '0' and not redis.call('SET', K.RECONCILED, '1', 'NX', 'PX', ARGV[2]) then return {} end
 local now = now_ms()
@@ -14,7 +15,7 @@ end
 
 local back = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.OPEN, 0, now - ARGV[1])) do
-  local r = redis.call('HMGET', K.TASK .. id, 'status', 'queue', 'model', 'priority', 'tenant', 'fence')
+  local r = redis.call('HMGET', K.TASK .. id, 'status', 'queue', 'model', 'priority', 'tenant', 'fence', 'cancel')
   if r[1] == 'queued' then
     if not stands(id, r[2]) then
       requeue(id, r[3], r[4], r[5], r[2])
@@ -25,8 +26,12 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.OPEN, 0, now - ARGV[1])) do
   elseif r[1] == 'running' then
     if not redis.call('ZSCORE', K.LEASES, id) then
       end_attempt(id, r[2], r[6], 'lost', now)
-      requeue(id, r[3], r[4], r[5], r[2])
-      back[#back + 1] = id
+      if r[7] then
+        settle(id, r[2], 'canceled', '', now, tonumber(ARGV[3]))
+      else
+        requeue(id, r[3], r[4], r[5], r[2])
+        back[#back + 1] = id
+      end
     end
   else
     redis.call('ZREM', K.OPEN, id)

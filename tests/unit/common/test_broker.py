@@ -328,19 +328,50 @@ def test_the_third_crash_quarantines(broker: Broker, submit: SubmitFn) -> None:
 
 def test_a_crash_is_counted_for_those_on_the_device_alone(broker: Broker, submit: SubmitFn) -> None:
     suspect, waiting = submit(), submit()
-    for _ in range(5):
-        broker.claim("w1", "cpu", ["simulated"], 2)
-        assert {(reaped.task_id, reaped.outcome) for reaped in broker.reap("w1")} == {
+    for worker in ("w1", "w2", "w3", "w4", "w5"):
+        broker.claim(worker, "cpu", ["simulated"], 2)
+        assert {(reaped.task_id, reaped.outcome) for reaped in broker.reap(worker)} == {
             (suspect, "given_back"),
             (waiting, "given_back"),
         }
-    broker.claim("w1", "cpu", ["simulated"], 2)
-    broker.reap("w1", [suspect])
-    again = {task.task_id: task.alone for task in broker.claim("w1", "cpu", ["simulated"], 2).tasks}
-    assert again == {suspect: True, waiting: False}
+    stood_by = submit()
+    broker.claim("w6", "cpu", ["simulated"], 3)
+    broker.reap("w6", [suspect], [stood_by])
+    again = {task.task_id: task.alone for task in broker.claim("w7", "cpu", ["simulated"], 3).tasks}
+    assert again == {suspect: True, waiting: False, stood_by: True}
+    assert [broker.view(task_id).attempts[-2].outcome for task_id in (suspect, waiting)] == ["crashed", "released"]  # type: ignore[union-attr]
     record = broker.view(waiting)
     assert record is not None
     assert {attempt.outcome for attempt in record.attempts[:-1]} == {"released"}
+
+
+def test_a_claim_that_is_heard_after_its_workers_burial_takes_nothing(broker: Broker, submit: SubmitFn) -> None:
+    submit()
+    broker.reap("w1")
+    assert not broker.claim("w1", "cpu", ["simulated"], 1).tasks
+    assert broker.claim("w2", "cpu", ["simulated"], 1).tasks
+
+
+def test_a_fleet_that_is_closed_finds_what_it_accepted_and_takes_nothing_new(broker: Broker) -> None:
+    def task(task_id: str, key: str) -> NewTask:
+        return NewTask(task_id=task_id, tenant="default", request=resolved(), idempotency_key=key, body_hash="b")
+
+    accepted = broker.submit(task("a" * 32, "k1"))
+    assert broker.submit(task("b" * 32, "k1"), closed=True).task_id == accepted.task_id
+    with pytest.raises(QueueFull):
+        broker.submit(task("c" * 32, "k2"), closed=True)
+
+
+def test_a_canceled_run_whose_lease_was_forgotten_is_not_put_back(
+    broker: Broker, submit: SubmitFn, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.broker.RECONCILE_GRACE_S", 0.0)
+    task_id = submit()
+    claim_one(broker)
+    broker.cancel(task_id, "default")
+    redis_server.client.delete(keys.LEASES)
+    assert broker.reconcile() == []
+    assert status(broker, task_id) is TaskStatus.CANCELED
 
 
 def test_sixteen_reapers_requeue_once(broker: Broker, submit: SubmitFn) -> None:
@@ -523,9 +554,9 @@ def test_nothing_is_left_when_everything_is_final(broker: Broker, submit: Submit
     submit(deadline_s=0.001)
     threading.Event().wait(0.05)
     assert len(broker.expire()) == 1
-    for _ in range(3):
-        claim_one(broker)
-        for reaped in broker.reap("w1"):
+    for worker in ("w2", "w3", "w4"):
+        claim_one(broker, worker)
+        for reaped in broker.reap(worker):
             broker.cancel(reaped.task_id, "default")
     client = redis_server.client
     for key in (

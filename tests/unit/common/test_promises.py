@@ -6,7 +6,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 
 from common import promises
 from common.broker import Broker
+from common.connection import Command
 from common.errors import RedisUnavailable
 from common.records import Event, Hold, NewTask
 from common.schemas import TaskStatus
@@ -277,3 +278,27 @@ def test_a_redis_that_hangs_is_told_within_the_patience_of_every_thread(
     assert len(took) == 16
     assert max(took) < 3
     assert hasty.pending() == 3
+
+
+def test_what_the_old_primary_still_took_is_told_to_the_new_one_on_every_way_to_it() -> None:
+    """One connection has met the heir already, while another was still accepted by the primary on its way out."""
+    told: list[tuple[str, str]] = []
+
+    def server(history: str) -> Callable[[Sequence[Command]], tuple[list[object], str]]:
+        def send(commands: Sequence[Command]) -> tuple[list[object], str]:
+            told.extend((history, str(command[3])) for command in commands if command[0] == "EVALSHA")
+            return [["exists"] for _ in commands], history
+
+        return send
+
+    ours = promises.Promises({"submit": ("source", "sha")})
+    ours.connected("old", server("old"))
+    ours.connected("heir", server("heir"))
+    ours.heed("submit", ("task",), ["created", "task", 0, ""], "old")
+    ours.renew(server("old"))
+    ours.answered()
+    told.clear()
+    ours.connected("heir", server("heir"))
+    assert told == [("heir", "task")]
+    ours.connected("heir", server("heir"))
+    assert told == [("heir", "task")]

@@ -23,6 +23,7 @@ from tests.servers import eventually
 from worker import commit as module
 from worker.commit import STORE_TRIES, Committer
 from worker.encoding import encode
+from worker.heartbeat import Heartbeat
 from worker.held import HeldTask
 
 PIXELS = np.zeros((64, 64, 3), np.uint8)
@@ -94,7 +95,7 @@ def test_a_worker_that_lost_a_task_and_got_it_again_keeps_the_second_result(
 ) -> None:
     task_id = submit()
     old = held(broker)
-    broker.reap("w1")
+    broker.release("w1", old.hold)
     new = held(broker)
     commit(broker, settings, new)
     commit(broker, settings, old)
@@ -103,6 +104,26 @@ def test_a_worker_that_lost_a_task_and_got_it_again_keeps_the_second_result(
     assert record is not None
     assert len(open_storage(settings).read(record.images[0].key)) == record.images[0].bytes
     assert len(files(settings)) == 1
+
+
+def test_the_supervisor_can_see_what_is_being_stored(
+    broker: Broker, settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a picture whose encoding takes the process down is a suspect."""
+    submit()
+    task, heartbeat, storage = held(broker), Heartbeat(), open_storage(settings)
+    put, seen = storage.put, []
+
+    def watch(key: str, data: bytes) -> None:
+        seen.append(heartbeat.read().in_store)
+        put(key, data)
+
+    monkeypatch.setattr(storage, "put", watch)
+    committer = Committer("w1", broker, storage, committed=lambda _: None, heartbeat=heartbeat)
+    committer.commit(task)
+    committer.close()
+    assert seen == [[task.in_hand]]
+    assert heartbeat.read().in_store == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,10 +72,11 @@ class Bench:
     def __init__(self, limit: int = 4, *, run_limit_s: float | None = None, **limits: int) -> None:
         self.pipeline = Recorder()
         self.retired: list[HeldTask] = []
+        self.stores = True  # at once
         self.engine = Engine(
             pipeline=lambda _: self.pipeline,
             batch_limits={"simulated": limit, **limits},
-            retire=self.retired.append,
+            retire=self.retire,
             run_limits={"simulated": run_limit_s} if run_limit_s else None,
             fence_after_s=10.0,
         )
@@ -90,6 +92,10 @@ class Bench:
         task = HeldTask(claimed=claimed, deadline=deadline, alone=alone)
         self.engine.offer(task)
         return task
+
+    def retire(self, task: HeldTask) -> None:
+        self.retired.append(task)
+        task.stored = self.stores
 
     def run(self) -> None:
         while self.engine.turn(0):
@@ -222,6 +228,17 @@ def test_a_suspect_runs_alone_and_the_others_after_it() -> None:
     assert bench.engine.await_room(0) == 4
 
 
+def test_a_suspect_is_alone_until_its_pictures_are_stored() -> None:
+    bench = Bench()
+    bench.stores = False
+    suspect, other = bench.offer(1, steps=1, alone=True), bench.offer(2, steps=1)
+    bench.run()
+    assert (suspect.outcome, other.began) == ("succeeded", None)
+    suspect.stored = True
+    bench.run()
+    assert other.outcome == "succeeded"
+
+
 @pytest.mark.parametrize("where", ["step", "finish"])
 def test_a_run_that_does_not_fit_beside_others_is_made_alone(where: str) -> None:
     bench = Bench()
@@ -243,6 +260,28 @@ def test_a_run_that_does_not_fit_at_all_fails_and_the_next_succeeds(where: str) 
     bench.run()
     assert after.outcome == "succeeded"
     assert not bench.pipeline.alive
+
+
+def test_what_a_failed_batch_had_in_memory_is_gone_before_its_runs_go_on_alone() -> None:
+    bench = Bench()
+    tasks = [bench.offer(1), bench.offer(2)]
+    activations: list[weakref.ref[np.ndarray]] = []
+    alive: list[bool] = []
+    step = bench.pipeline.step
+
+    def forward(runs: Sequence[Run]) -> None:
+        if len(runs) > 1:
+            activation = np.zeros(10)
+            activations.append(weakref.ref(activation))
+            raise RuntimeError(activation.shape)
+        alive.append(activations[-1]() is not None)
+        step(runs)
+
+    bench.pipeline.step = forward  # type: ignore[method-assign]
+    bench.run()
+    assert [task.outcome for task in tasks] == ["succeeded", "succeeded"]
+    assert alive
+    assert not any(alive)
 
 
 def test_a_lease_not_renewed_for_long_ends_the_run() -> None:

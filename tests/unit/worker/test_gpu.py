@@ -104,5 +104,20 @@ def test_a_gpu_that_is_gone_is_told_from_one_that_only_stumbles(
         assert gpu.lost(0) is lost
 
 
+def test_a_gpu_counts_as_lost_when_it_is_gone_twice(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = gpu.Watch([0], every_s=60)
+    watch.look()
+    reading = watch.reading(0)
+    assert (reading and reading.name, watch.is_lost(0)) == ("NVIDIA H200", False)
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "lost", lambda _: True)
+        watch.look()
+        assert not watch.is_lost(0)
+        watch.look()
+        assert watch.is_lost(0)
+    watch.look()
+    assert not watch.is_lost(0)
+
+
 def test_a_driver_that_went_away_took_its_gpus_with_it(no_driver: None) -> None:
     assert gpu.lost(0)

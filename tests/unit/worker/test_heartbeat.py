@@ -6,16 +6,17 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 
-from worker.heartbeat import Heartbeat, OnDevice, Stage, shared_file
+from worker.heartbeat import Heartbeat, InHand, Stage, shared_file
 
 WRITER = """
 import os, signal, sys
-from worker.heartbeat import Heartbeat, OnDevice
+from worker.heartbeat import Heartbeat, InHand
 heartbeat = Heartbeat(int(sys.argv[1]))
 heartbeat.holds_memory(1234)
-heartbeat.busy([OnDevice("a" * 64, 3, 5.5, "deadline"), OnDevice("b", 1, float("inf"), "run_limit")])
+heartbeat.busy([InHand("a" * 64, 3, 5.5, "deadline"), InHand("b", 1, float("inf"), "run_limit")])
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -30,13 +31,13 @@ def test_what_a_killed_process_had_on_its_device_can_still_be_read() -> None:
     assert reading.stage is Stage.BUSY
     assert began <= reading.since <= time.monotonic()
     assert reading.device_mb == 1234
-    assert reading.on_device == [OnDevice("a" * 64, 3, 5.5, "deadline"), OnDevice("b", 1, math.inf, "run_limit")]
+    assert reading.on_device == [InHand("a" * 64, 3, 5.5, "deadline"), InHand("b", 1, math.inf, "run_limit")]
     reader.close()
 
 
 def test_nothing_is_on_the_device_between_two_calls() -> None:
     heartbeat = Heartbeat()
-    entry = OnDevice("a", 1, math.inf, "run_limit")
+    entry = InHand("a", 1, math.inf, "run_limit")
     heartbeat.busy([entry])
     assert heartbeat.read().on_device == [entry]
     heartbeat.at(Stage.IDLE)
@@ -47,7 +48,39 @@ def test_nothing_is_on_the_device_between_two_calls() -> None:
     assert 0.01 <= heartbeat.standing_s() < 5
 
 
+def test_a_reader_never_sees_half_a_number() -> None:
+    heartbeat = Heartbeat()
+    entry = InHand("a", 1, math.inf, "run_limit")
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            heartbeat.busy([entry])
+            heartbeat.at(Stage.IDLE)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        standing = [heartbeat.standing_s() for _ in range(50_000)]
+    finally:
+        done.set()
+        writer.join()
+    assert max(standing) < 5, "a call seemed to have begun long ago"
+
+
+def test_what_is_being_stored_is_told_apart_from_what_is_on_the_device() -> None:
+    heartbeat = Heartbeat()
+    stored, run = (InHand(name, 1, math.inf, "run_limit") for name in ("stored", "run"))
+    heartbeat.storing([stored])
+    heartbeat.busy([run])
+    assert (heartbeat.read().on_device, heartbeat.read().in_store) == ([run], [stored])
+    heartbeat.at(Stage.IDLE)
+    assert (heartbeat.read().on_device, heartbeat.read().in_store) == ((), [stored])
+    heartbeat.storing([])
+    assert heartbeat.read().in_store == []
+
+
 def test_more_tasks_than_there_is_room_for_are_not_told() -> None:
     heartbeat = Heartbeat()
-    heartbeat.busy([OnDevice(str(index), 1, math.inf, "run_limit") for index in range(300)])
+    heartbeat.busy([InHand(str(index), 1, math.inf, "run_limit") for index in range(300)])
     assert len(heartbeat.read().on_device) == 256

@@ -15,7 +15,7 @@ from common.settings import Settings
 from common.storage import open_storage
 from common.storage.base import attempt_folder
 from tests.conftest import SubmitFn
-from worker.heartbeat import OnDevice
+from worker.heartbeat import InHand
 from worker.reaper import Burial, Reaper
 
 
@@ -48,7 +48,7 @@ def test_a_task_whose_limit_its_worker_was_killed_for_fails_and_its_neighbours_g
 ) -> None:
     late, beside, waiting = submit(), submit(), submit()
     broker.claim("w1", "cpu", ["simulated"], 3)
-    on_device = [OnDevice(task_id, 1, math.inf, "run_limit") for task_id in (late, beside)]
+    on_device = [InHand(task_id, 1, math.inf, "run_limit") for task_id in (late, beside)]
     reaper.bury(Burial("w1", suspects=on_device[1:], tripped=on_device[:1]))
     records = [broker.view(task_id) for task_id in (late, beside, waiting)]
     assert [record.status for record in records if record] == [TaskStatus.FAILED, TaskStatus.QUEUED, TaskStatus.QUEUED]

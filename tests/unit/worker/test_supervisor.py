@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -16,8 +18,9 @@ from common.settings import Settings
 from tests.servers import eventually
 from worker import gpu, supervisor
 from worker import slot as slots
-from worker.heartbeat import Stage
-from worker.slot import Slot
+from worker.heartbeat import InHand, Stage
+from worker.reaper import Burial
+from worker.slot import RECYCLE, Slot
 from worker.supervisor import Supervisor, large_enough
 
 
@@ -60,6 +63,43 @@ def test_the_first_restart_is_immediate_and_a_crash_loop_backs_off_to_thirty_sec
     assert [crash(watcher, slot) for _ in range(8)] == [0, 1, 2, 4, 8, 16, 30, 30]
 
 
+def test_a_child_that_dies_late_in_loading_still_backs_off(watcher: Supervisor) -> None:
+    (slot,) = watcher.slots
+    for _ in range(3):
+        crash(watcher, slot)
+    slot.restart_at = 0.0
+    watcher.tick()
+    assert slot.child is not None
+    slot.child.process.wait()
+    slot.child.started -= 600
+    watcher.tick()
+    assert slot.restart_at > time.monotonic() + 3
+
+
+def test_a_slot_that_cannot_start_a_child_stops_neither_the_others_nor_the_reaping(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, sleeping_children: None
+) -> None:
+    watcher = Supervisor(settings.model_copy(update={"workers_per_device": 2}))
+    spawn, reaped = supervisor.spawn, []
+
+    def fail_once(*args: object, **options: object) -> object:
+        monkeypatch.setattr(supervisor, "spawn", spawn)
+        raise OSError("no room for another process")
+
+    def fail() -> None:
+        reaped.append(1)
+        raise RuntimeError("a command that this Redis refuses")
+
+    monkeypatch.setattr(supervisor, "spawn", fail_once)
+    monkeypatch.setattr(watcher._reaper, "tick", fail)
+    watcher.tick()
+    assert [slot.child is None for slot in watcher.slots] == [True, False]
+    assert watcher.slots[0].restart_at > time.monotonic()
+    assert reaped == [1]
+    monkeypatch.undo()
+    end(watcher)
+
+
 def test_a_child_that_lived_long_starts_afresh(watcher: Supervisor) -> None:
     (slot,) = watcher.slots
     for _ in range(4):
@@ -68,7 +108,7 @@ def test_a_child_that_lived_long_starts_afresh(watcher: Supervisor) -> None:
     watcher.tick()
     assert slot.child is not None
     slot.child.process.wait()
-    slot.child.started -= supervisor.STEADY_S
+    slot.child.ready_at = time.monotonic() - supervisor.STEADY_S
     watcher.tick()
     assert slot.restart_at <= time.monotonic()
 
@@ -98,9 +138,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     there = {"0": 24_564, "1": 81_559}
     monkeypatch.setattr(gpu, "choose", lambda devices: list(there) if devices == "all" else devices.split(","))
     monkeypatch.setattr(gpu, "memory_mb", lambda index: there.get(str(index)))
-    monkeypatch.setattr(gpu, "lost", lambda index: str(index) not in there)
-    monkeypatch.setattr(supervisor.devicelock, "acquire", lambda _: None if "locked" in there else 0)
-    monkeypatch.setattr(supervisor, "GPU_INTERVAL_S", 0.0)
+    monkeypatch.setattr(gpu.Watch, "is_lost", lambda _, index: str(index) not in there)
+
+    def acquire(_: str) -> int:
+        if "locked" in there:
+            raise BlockingIOError
+        return os.open(os.devnull, os.O_RDONLY)
+
+    monkeypatch.setattr(supervisor.devicelock, "acquire", acquire)
     return there
 
 
@@ -124,6 +169,7 @@ def test_a_lost_gpu_is_reported_and_waited_for(
     assert first.child is not None
     process = first.child.process
     del gpus["0"]
+    watcher._next_report = 0.0
     watcher.tick()
     assert process.wait(5) == -signal.SIGTERM  # asked to drain
     watcher.tick()
@@ -186,12 +232,38 @@ def test_memory_that_drifts_recycles_the_child_with_no_back_off(settings: Settin
         watcher._next_look = 0.0
         watcher.tick()
         time.sleep(0.01)
-    assert child.process.wait(5) == -signal.SIGTERM
+    assert child.process.wait(5) == -RECYCLE
     watcher.tick()
     watcher.tick()
     assert slot.child is not None
     assert (slot.child is not child, slot.backoff_s) == (True, 0.0)
     end(watcher)
+
+
+@pytest.mark.parametrize(
+    ("stage", "suspects", "bystanders"), [(Stage.BUSY, ["run"], ["stored"]), (Stage.IDLE, ["stored"], [])]
+)
+def test_who_is_suspected_of_a_death(
+    watcher: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: Stage,
+    suspects: list[str],
+    bystanders: list[str],
+) -> None:
+    """Whoever was on the device; only with nobody there, whoever was being encoded and stored."""
+    burials: list[Burial] = []
+    monkeypatch.setattr(watcher._reaper, "bury", burials.append)
+    watcher.tick()
+    child = watcher.slots[0].child
+    assert child is not None
+    child.heartbeat.storing([InHand("stored", 1, math.inf, "run_limit")])
+    child.heartbeat.busy([InHand("run", 1, math.inf, "run_limit")])
+    child.heartbeat.at(stage)
+    child.process.wait()
+    watcher.tick()
+    (burial,) = burials
+    assert [task.task_id for task in burial.suspects] == suspects
+    assert [task.task_id for task in burial.bystanders] == bystanders
 
 
 def test_a_child_whose_main_thread_is_gone_is_noticed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from common.settings import Settings, load_settings
-from worker.heartbeat import OnDevice, Reading, Stage
+from worker.heartbeat import InHand, Reading, Stage
 from worker.watchdog import Stall, stall
 
 
@@ -17,8 +17,8 @@ def limits() -> Settings:
     return load_settings({"step_limit_s": 30.0, "load_limit_s": 600.0})
 
 
-def reading(stage: Stage, standing_s: float, *on_device: OnDevice) -> Reading:
-    return Reading(stage=stage, since=time.monotonic() - standing_s, device_mb=0, on_device=on_device)
+def reading(stage: Stage, standing_s: float, *on_device: InHand) -> Reading:
+    return Reading(stage=stage, since=time.monotonic() - standing_s, device_mb=0, on_device=on_device, in_store=())
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_each_stage_has_a_budget_of_its_own(limits: Settings, stage: Stage, stan
 
 def test_a_limit_passed_within_one_step_trips_for_the_tasks_concerned(limits: Settings) -> None:
     now = time.monotonic()
-    late = OnDevice("late", 1, now - 3, "run_limit")
-    other = OnDevice("other", 1, math.inf, "run_limit")
+    late = InHand("late", 1, now - 3, "run_limit")
+    other = InHand("other", 1, math.inf, "run_limit")
     assert stall(reading(Stage.BUSY, 5, late, other), limits) == Stall("fuse", [late])
 
 
 def test_a_worker_that_still_steps_stops_its_runs_itself(limits: Settings) -> None:
-    late = OnDevice("late", 1, time.monotonic() - 3, "deadline")
+    late = InHand("late", 1, time.monotonic() - 3, "deadline")
     assert stall(reading(Stage.BUSY, 0.5, late), limits) is None
-    just = OnDevice("just", 1, time.monotonic() - 1, "deadline")
+    just = InHand("just", 1, time.monotonic() - 1, "deadline")
     assert stall(reading(Stage.BUSY, 5, just), limits) is None
