@@ -67,7 +67,7 @@ class Report:
     leftovers: int  # leases, queue entries, temporary files
     untrue: int  # attempts or causes that cannot have been so
     refused: int  # answers that no fault explains
-    attempts: int  # over all tasks; more than there are tasks means that work was done again
+    outcomes: Mapping[str, int]  # of all attempts at accepted tasks
     problems: list[str]
 
     @property
@@ -75,8 +75,14 @@ class Report:
         ended = self.succeeded + self.failed + self.canceled + self.expired
         return not self.problems and self.accepted == ended
 
+    @property
+    def attempts(self) -> int:
+        """More than there are tasks means that something was begun again."""
+        return sum(self.outcomes.values())
+
     def __str__(self) -> str:
-        figures = ", ".join(f"{name} {value}" for name, value in vars(self).items() if name != "problems")
+        figures = ", ".join(f"{name} {value}" for name, value in vars(self).items() if isinstance(value, int))
+        figures += f"; attempts {dict(self.outcomes)}"
         return "\n".join([figures, *self.problems[:40]])
 
 
@@ -251,7 +257,7 @@ class Books:
             accepted=len(accepted), succeeded=ends["succeeded"], failed=ends["failed"], canceled=ends["canceled"],
             expired=ends["expired"], lost=wrong["lost"], doubled=wrong["doubled"], broken=wrong["broken"],
             leftovers=wrong["leftover"], untrue=wrong["untrue"], refused=wrong["refused"],
-            attempts=sum(len(view["attempts"]) for view in views.values() if view),
+            outcomes=Counter(attempt["outcome"] for view in accepted if view for attempt in view["attempts"]),
             problems=[f"{finding.kind}: {finding.subject}: {finding.what}" for finding in self._findings],
         )  # fmt: skip
 
