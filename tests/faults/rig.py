@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +20,7 @@ from common.schemas import WorkerCard
 from common.settings import Settings, load_settings
 from tests.faults.books import Ledger, Load, Report, audit
 from tests.fleet import ready_workers
-from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
+from tests.servers import GatewayServer, RedisServer, Server, WorkerServer, eventually
 
 LONG = os.environ.get("ZFLEET_FAULTS") == "long"
 LEASE_S = 2.0
@@ -77,8 +77,7 @@ class Rig:
     ) -> None:
         with self._ended:
             for supervisor in self.supervisors:
-                kill_all([*workers_of(supervisor), *processes([supervisor])])
-                supervisor.kill()
+                self.kill_host(supervisor)
 
     def supervise(
         self, *, ready: bool = True, environment: dict[str, str] | None = None, **changes: Any
@@ -100,8 +99,13 @@ class Rig:
 
     def kill_gateway(self) -> None:
         """kill -9 of gunicorn and of the processes that serve."""
-        kill_all([*descendants(self.gateway), *processes([self.gateway])])
+        kill_all(tree(self.gateway))
         self.gateway.kill()
+
+    def kill_host(self, supervisor: WorkerServer) -> None:
+        """kill -9 of a supervisor and all its workers, as when their machine is gone."""
+        kill_all(tree(supervisor))
+        supervisor.kill()
 
     def load(self, **options: Any) -> Load:
         return Load(options.pop("url", self.url), self.ledger, **options)
@@ -109,7 +113,16 @@ class Rig:
     def close_books(self, load: Load, *, within_s: float = 60.0) -> Report:
         """Let the fleet drain, and audit it."""
         load.drain(within_s)
-        return audit(self.ledger, self.url, self.settings)
+        return self.audit()
+
+    def audit(self, url: str = "") -> Report:
+        """Audit the fleet as it stands, as seen through the gateway or another `url` before it."""
+        return audit(self.ledger, url or self.url, self.settings)
+
+    def log(self, number: int) -> str:
+        """Return what the supervisor of this number and its workers have written so far."""
+        path = self.folder / f"worker {number}.log"
+        return path.read_text() if path.exists() else ""
 
     def ready(self) -> list[WorkerCard]:
         return [card for card in self.broker.workers() if card.state in ("idle", "busy")]
@@ -120,27 +133,21 @@ def sabotage(*what: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{SABOTAGE}{os.pathsep}{ROOT}", "ZFLEET_TEST_SABOTAGE": ",".join(what)}
 
 
-def workers_of(supervisor: WorkerServer) -> list[psutil.Process]:
-    """Return the children of a supervisor that is running."""
+def workers_of(supervisor: Server) -> list[psutil.Process]:
+    """Return the children of a supervisor, none when it is gone."""
     try:
         return psutil.Process(supervisor.pid).children()
     except psutil.NoSuchProcess:
         return []
 
 
-def descendants(server: GatewayServer) -> list[psutil.Process]:
+def tree(server: Server) -> list[psutil.Process]:
+    """Return a server's process and all below it, none when it is gone."""
     try:
-        return psutil.Process(server.pid).children(recursive=True)
+        process = psutil.Process(server.pid)
+        return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def processes(servers: Iterable[WorkerServer | GatewayServer]) -> list[psutil.Process]:
-    found = []
-    for server in servers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.append(psutil.Process(server.pid))
-    return found
 
 
 def kill_all(doomed: Sequence[psutil.Process]) -> None:
@@ -151,7 +158,7 @@ def kill_all(doomed: Sequence[psutil.Process]) -> None:
 
 
 @contextlib.contextmanager
-def frozen(pid: int) -> Any:
+def frozen(pid: int) -> Iterator[None]:
     """SIGSTOP a process for as long as the block lasts."""
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -175,7 +182,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def within(check: Any, limit_s: float) -> float:
+def within(check: Callable[[], object], limit_s: float) -> float:
     """Wait until `check()` is true and return how long that took, in seconds; fails the test after `limit_s`."""
     began = time.monotonic()
     while not check():
