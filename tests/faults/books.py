@@ -102,6 +102,7 @@ class Books:
         self._ledger = ledger
         self._url = url
         self._results = settings.results_dir
+        self._retention_s = settings.retention_days * 86_400
         self._redis: Any = redis.Redis.from_url(settings.redis_url, decode_responses=True)
         self._broker = Broker(settings)
         self._http = requests.Session()
@@ -122,7 +123,8 @@ class Books:
         for task_id, view in views.items():
             record = records[task_id]
             if view is None or record is None:
-                self._find("lost", task_id, "acknowledged, and unknown now")
+                if not self._retired(task_id):
+                    self._find("lost", task_id, "acknowledged, and unknown now")
             elif self._check_end(task_id, view):
                 self._check_attempts(task_id, view)
                 self._check_pictures(task_id, view, record)
@@ -132,6 +134,11 @@ class Books:
             self._find("refused", key, why)
         return self._report(views)
 
+    def _retired(self, task_id: str) -> bool:
+        """Whether a client saw it end, and it has been kept for as long as was promised since."""
+        final = self._ledger.finals.get(task_id)
+        return final is not None and time.time() - final.at > self._retention_s
+
     def _find(self, kind: Kind, subject: str, what: str) -> None:
         self._findings.append(Finding(kind, subject, what))
 
@@ -139,7 +146,7 @@ class Books:
 
     def _view(self, task_id: str) -> dict[str, Any] | None:
         answer = self._http.get(f"{self._url}/api/status/{task_id}", timeout=10)
-        if answer.status_code == 404:
+        if answer.status_code in (404, 410):
             return None
         assert answer.status_code == 200, f"the fleet is not fit to be audited: {answer.status_code} {answer.text}"
         view: dict[str, Any] = answer.json()
@@ -212,6 +219,8 @@ class Books:
             self._find("broken", task_id, f"{view['status']} with {len(view['images'])} pictures of {wanted}")
         for image, ref in zip(view["images"], record.images, strict=True):
             answer = self._http.get(self._url + image["url"], timeout=10)
+            if answer.status_code == 410 and self._retired(task_id):
+                continue  # its time came during the audit
             path = self._results / ref.key
             stored = path.read_bytes() if path.is_file() else b""
             what = picture_fault(image, view["request"], stored)
@@ -235,7 +244,8 @@ class Books:
         for prefix, read in ((keys.RQ_STARTED, self._zset), (keys.RQ_QUEUE, self._list)):
             for key in self._redis.scan_iter(match=prefix + "*", count=1000):
                 left += [Finding("leftover", f"{key} {entry}", "was never taken out") for entry in read(key)]
-        for path in (path for path in self._results.rglob("*") if path.is_file()):
+        horizon = time.time() - self._retention_s  # what is older waits for its sweep
+        for path in (path for path in self._results.rglob("*") if path.is_file() and path.stat().st_mtime > horizon):
             name = str(path.relative_to(self._results))
             if name.endswith(PARTIAL):
                 left.append(Finding("leftover", name, "half a file"))
@@ -252,6 +262,8 @@ class Books:
     def _report(self, views: Mapping[str, dict[str, Any] | None]) -> Report:
         accepted = [views[task_id] for task_id in self._ledger.accepted]
         ends = Counter(view["status"] for view in accepted if view)
+        gone = [task_id for task_id in self._ledger.accepted if views[task_id] is None and self._retired(task_id)]
+        ends.update(self._ledger.finals[task_id].status for task_id in gone)
         wrong = Counter(kind for kind, _ in {(finding.kind, finding.subject) for finding in self._findings})
         return Report(
             accepted=len(accepted), succeeded=ends["succeeded"], failed=ends["failed"], canceled=ends["canceled"],
