@@ -32,6 +32,7 @@ class Mix:
     sides: Sequence[int] = (64, 96, 128)  # pixels
     steps: Sequence[int] = (2, 4, 8)
     pictures: Sequence[int] = (1, 1, 1, 2)
+    priorities: Sequence[str] = ("high", "normal", "normal", "low")
     cancel_share: float = 0.0
     deadline_share: float = 0.0
     deadline_s: float = 0.5
@@ -46,7 +47,7 @@ class Mix:
             "height": chance.choice(self.sides),
             "steps": chance.choice(self.steps),
             "n": chance.choice(self.pictures),
-            "priority": chance.choice(("high", "normal", "normal", "low")),
+            "priority": chance.choice(self.priorities),
             "format": "png",
             "metadata": {"key": key},
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -159,12 +158,14 @@ def kill_all(doomed: Sequence[psutil.Process]) -> None:
 
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """SIGSTOP a process for as long as the block lasts."""
-    os.kill(pid, signal.SIGSTOP)
+    """SIGSTOP a process for as long as the block lasts, or until somebody kills it."""
+    process = psutil.Process(pid)
+    process.suspend()
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def assert_balanced(report: Report) -> None:

@@ -208,7 +208,7 @@ def test_without_a_fence_a_thawed_worker_ends_a_task_twice(tmp_path: Path) -> No
     """The same fault as in test_frozen_workers, on a fleet whose `finish` takes anybody's word."""
     with Rig(tmp_path, simulated_image_ms=800.0) as rig:
         rig.supervise(environment=sabotage("unfenced"))
-        with rig.load(rate_s=5, backlog=4, mix=Mix(steps=(1,), pictures=(1,))) as load:
+        with rig.load(rate_s=1, mix=Mix(steps=(1,), pictures=(1,), priorities=("normal",))) as load:
             eventually(lambda: [card for card in rig.ready() if card.running], within_s=20)
             victim = next(card for card in rig.ready() if card.running)
             (task_id,) = [each for each in victim.running if record(rig.broker, each).status == "running"][:1]
