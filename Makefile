@@ -2,7 +2,7 @@
 # relative, and programs of the virtual environment are called as modules (pip's scripts break on a space in their first line).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench load clean servers
+.PHONY: help demo up test check bench load faults soak clean servers
 
 PYTHON ?=
 RUN = .venv/bin/python -m
@@ -17,6 +17,7 @@ override export OUT := $(value OUT)
 override export MODEL := $(value MODEL)
 override export WORKERS := $(value WORKERS)
 override export TESTS := $(value TESTS)
+override export SOAK_MINUTES := $(value SOAK_MINUTES)
 
 up: export ZFLEET_DATA_DIR ?= .zfleet
 
@@ -44,6 +45,15 @@ bench: .venv/.develops servers ## what a task costs beside the model, measured h
 
 load: .venv/.develops ## many clients against a fleet of simulated workers
 	@exec $(RUN) loadtest.run
+
+faults: export ZFLEET_FAULTS = long
+faults: export ZFLEET_FAULTS_REPORT = docs/reliability.md
+faults: export ZFLEET_FAULTS_COMMAND = make faults
+faults: .venv/.develops servers ## every fault in its long form, some 12 minutes; the table goes into docs/reliability.md
+	@exec $(RUN) pytest -v tests/faults
+
+soak: .venv/.develops servers ## a fleet under steady load, in which nothing may grow: SOAK_MINUTES=10 MODEL=simulated
+	@exec $(RUN) tests.faults.soak "--minutes=$${SOAK_MINUTES:-10}" "--model=$${MODEL:-simulated}"
 
 clean: ## remove .venv, caches and builds; pictures (out) and data (.zfleet) stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist zfleet.egg-info

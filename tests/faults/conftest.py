@@ -36,8 +36,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _rows(terminalreporter: pytest.TerminalReporter) -> Iterator[table.Row]:
-    for outcome in ("passed", "failed", "xfailed", "xpassed"):
-        for report in terminalreporter.getreports(outcome):
-            for name, value in report.user_properties:
-                if name == table.PROPERTY and getattr(report, "when", "") == "call":
-                    yield table.Row(**value)
+    outcomes = ("passed", "failed", "xfailed", "xpassed")
+    reports = [report for outcome in outcomes for report in terminalreporter.getreports(outcome)]
+    for report in sorted(reports, key=lambda report: report.nodeid):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == table.PROPERTY and report.when == "call":
+                yield table.Row(**value)
