@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.faults import soak
 from tests.faults.soak import Figure
@@ -13,9 +14,10 @@ TIMES = np.arange(0.0, 480.0, soak.SAMPLE_S)  # what a run of ten minutes sample
 RSS = Figure("worker 0", "RSS MiB")
 
 
-def series(seed: int, *, leak: float = 0.0, noise: float = 1.5) -> np.ndarray:
+def series(seed: int, *, leak: float = 0.0, noise: float = 1.5) -> NDArray[np.float64]:
     """Return a level of 100 MiB that wavers by `noise` MiB, with a leak of so many MiB over the run."""
-    return 100 + np.random.default_rng(seed).normal(0, noise, len(TIMES)) + leak * TIMES / TIMES[-1]
+    wavering: NDArray[np.float64] = np.random.default_rng(seed).normal(100, noise, len(TIMES))
+    return wavering + leak * TIMES / TIMES[-1]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -14,10 +14,10 @@ tolerance keeps a step of one page from being called a leak.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Z_95 = 1.96
 FEWEST = 8  # samples; with fewer the interval says nothing
@@ -38,12 +38,12 @@ class Trend:
         return self.low > 0 and self.growth > self.tolerance
 
 
-def trend(times: Sequence[float], values: Sequence[float], tolerance: float) -> Trend:
+def trend(times: ArrayLike, values: ArrayLike, tolerance: float) -> Trend:
     """Return the trend of `values` sampled at `times` (seconds, rising); raises ValueError for too few samples."""
-    count = len(values)
+    at, figures = np.asarray(times, float), np.asarray(values, float)
+    count = len(figures)
     if count < FEWEST:
         raise ValueError(f"{count} samples are too few for a trend; {FEWEST} will do")
-    at, figures = np.asarray(times, float), np.asarray(values, float)
     first, second = np.triu_indices(count, k=1)
     slopes = np.sort((figures[second] - figures[first]) / (at[second] - at[first]))
     margin = Z_95 * math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
