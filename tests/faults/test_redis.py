@@ -147,7 +147,7 @@ def test_redis_loses_the_last_thing_it_acknowledged(rig: Rig, note: NoteFn) -> N
 
 
 def test_an_outage_longer_than_the_lease_doubles_nothing(rig: Rig) -> None:
-    rig.supervise(simulated_image_ms=6_000.0)
+    rig.supervise(simulated_image_ms=4_000.0)
     task_ids = submit_many(rig.broker, 2, steps=60)
     within(lambda: all(record(rig.broker, task_id).status == "running" for task_id in task_ids), 20)
     rig.redis.kill()

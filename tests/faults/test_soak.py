@@ -16,8 +16,9 @@ RSS = Figure("worker 0", "RSS MiB")
 
 def series(seed: int, *, leak: float = 0.0, noise: float = 1.5) -> NDArray[np.float64]:
     """Return a level of 100 MiB that wavers by `noise` MiB, with a leak of so many MiB over the run."""
-    wavering: NDArray[np.float64] = np.random.default_rng(seed).normal(100, noise, len(TIMES))
-    return wavering + leak * TIMES / TIMES[-1]
+    leaking = leak * TIMES / TIMES[-1]
+    wavering: NDArray[np.float64] = np.random.default_rng(seed).normal(100, noise, len(TIMES)) + leaking
+    return wavering
 
 
 @pytest.mark.parametrize("seed", range(10))
