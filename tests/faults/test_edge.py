@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from tests.faults.conftest import NoteFn
-from tests.faults.rig import LONG, Rig, answers, assert_balanced, kill_all, tree, within
+from tests.faults.rig import LONG, Rig, answers, kill_all, tree, within
 from tests.integration.nginx_edge import USER, nginx_binary, render
 from tests.servers import Server, eventually, free_port
 
@@ -82,7 +82,7 @@ def test_killed_gateway(rig: Rig, edge: NginxServer, note: NoteFn) -> None:
     report = rig.audit(edge.url)
     note("kill -9 of the gateway", KILLS, report, recovery_s)
     assert rig.ledger.unanswered, "no request met a fault"
-    assert_balanced(report)
+    assert report.balanced, report
 
 
 def test_killed_nginx(rig: Rig, edge: NginxServer, note: NoteFn) -> None:
@@ -97,4 +97,4 @@ def test_killed_nginx(rig: Rig, edge: NginxServer, note: NoteFn) -> None:
     report = rig.audit(edge.url)
     note("kill -9 of Nginx", KILLS, report, recovery_s)
     assert rig.ledger.unanswered, "no request met a fault"
-    assert_balanced(report)
+    assert report.balanced, report

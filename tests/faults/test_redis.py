@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from tests.faults.conftest import NoteFn
-from tests.faults.rig import LONG, NORMAL_AGAIN_S, Rig, assert_balanced, frozen, within, workers_of
+from tests.faults.rig import LONG, NORMAL_AGAIN_S, Rig, frozen, within, workers_of
 from tests.fleet import await_running, ready_workers, record, submit_many
 from tests.servers import WorkerServer
 
@@ -88,7 +88,7 @@ def test_killed_redis(rig: Rig, note: NoteFn) -> None:
     assert pids(supervisor) == before, "a worker left because Redis was away"
     assert finished <= results(rig), "a finished picture was made again"
     assert report.accepted == report.succeeded and set(report.outcomes) <= {"succeeded", "released"}, report
-    assert_balanced(report)
+    assert report.balanced, report
 
 
 @pytest.mark.timeout(300)
@@ -124,7 +124,7 @@ def test_frozen_redis(rig: Rig, note: NoteFn) -> None:
     assert not silent
     assert finished <= results(rig), "a finished picture was made again"
     assert set(report.outcomes) <= {"succeeded", "released"}, report
-    assert_balanced(report)
+    assert report.balanced, report
 
 
 def test_redis_loses_the_last_thing_it_acknowledged(rig: Rig, note: NoteFn) -> None:
@@ -143,7 +143,7 @@ def test_redis_loses_the_last_thing_it_acknowledged(rig: Rig, note: NoteFn) -> N
     report = rig.close_books(load)
     note(f"kill -9 of Redis, its last {TAIL_BYTES} bytes lost", 1, report)
     assert "truncat" in (rig.folder / "redis" / "redis.log").read_text(), "nothing was torn"
-    assert_balanced(report)
+    assert report.balanced, report
 
 
 def test_an_outage_longer_than_the_lease_doubles_nothing(rig: Rig) -> None:

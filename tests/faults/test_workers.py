@@ -16,7 +16,7 @@ import pytest
 from common.schemas import TaskStatus, WorkerCard
 from tests.faults.books import Mix
 from tests.faults.conftest import NoteFn
-from tests.faults.rig import LEASE_S, LONG, Rig, assert_balanced, frozen, sabotage, within, workers_of
+from tests.faults.rig import LEASE_S, LONG, Rig, frozen, sabotage, within, workers_of
 from tests.fleet import await_final, await_running, ready_workers, record, submit_many
 from tests.servers import WorkerServer, eventually
 
@@ -97,7 +97,7 @@ def test_killed_workers(tmp_path: Path, note: NoteFn) -> None:
         assert statistics.median(executioner.recovery_s) <= RESTART_S + LOAD_MS / 1000
         assert len(executioner.recovery_s) == KILLS
         assert len(workers_of(supervisor)) == 4
-        assert_balanced(report)
+        assert report.balanced, report
 
 
 @pytest.mark.xfail(strict=True, reason="a worker that was ready and at work is kept waiting when it is killed again")
@@ -128,7 +128,7 @@ def test_killed_hosts(rig: Rig, note: NoteFn) -> None:
             doomed, names = spare, spare_names
     report = rig.close_books(load)
     note("kill -9 of a supervisor and all its workers", HOSTS_LOST, report, recovery_s)
-    assert_balanced(report)
+    assert report.balanced, report
 
 
 def test_frozen_workers(rig: Rig, note: NoteFn) -> None:
@@ -152,7 +152,7 @@ def test_frozen_workers(rig: Rig, note: NoteFn) -> None:
     assert refused >= FREEZES, report
     assert '"outcome":"lost"' in rig.log(0), "no finished picture came late"
     assert set(report.outcomes) == {"succeeded", "lost"}
-    assert_balanced(report)
+    assert report.balanced, report
 
 
 def busy_worker(rig: Rig) -> tuple[WorkerCard, set[str]]:
@@ -185,7 +185,7 @@ def test_rolling_restart(rig: Rig, note: NoteFn) -> None:
     assert set(report.outcomes) <= {"succeeded", "released"}, report
     assert report.succeeded == report.accepted
     assert max(drain_s) <= rig.settings.drain_s
-    assert_balanced(report)
+    assert report.balanced, report
 
 
 def test_a_killed_run_goes_on_within_two_seconds(rig: Rig) -> None:
