@@ -54,6 +54,7 @@ T = TypeVar("T")
 FOREVER = math.inf
 CAPACITY_TTL_S = 2.0  # how long the number of workers a model has is taken as known
 REAP_BATCH = 100
+REAP_GAP_S = 3.0  # some supervisor looks every second; a gap this long was an outage
 BELL_WAIT_S = 1.0  # an idle worker looks up this often; the bell has a longer socket time-out of its own
 BELL_POOL_SIZE = 2  # connections that block: the wait for the bell, or one subscription to ends and one to everything
 RECONCILE_GRACE_S = 5.0
@@ -64,7 +65,9 @@ class Broker:
     """One process's way to Redis. Safe to share between threads and greenlets."""
 
     def __init__(self, settings: Settings, *, patience_s: float | None = None) -> None:
-        """Connects lazily. `patience_s` is how long a call tries before RedisUnavailable."""
+        """Connects lazily. `patience_s` is how long a call tries before RedisUnavailable; one that is given `give_up`
+        tries for as long as that does not say so.
+        """
         self._settings = settings
         self._patience_s = settings.redis_patience_s if patience_s is None else patience_s
         self._timeout_s = settings.redis_timeout_s
@@ -243,8 +246,7 @@ class Broker:
         models: Sequence[str],
         room: int,
         *,
-        patience_s: float | None = None,
-        give_up: Callable[[], bool] = lambda: False,
+        give_up: Callable[[], bool] | None = None,
     ) -> Claim:
         """Take tasks of these models until `room` pictures are reached.
 
@@ -255,7 +257,7 @@ class Broker:
         lease_ms = int(self._settings.lease_s * 1000)
         reply = self._run(
             "claim", worker, gpu, token, room, lease_ms, self._retention_ms, *models,
-            patience_s=patience_s, give_up=give_up,
+            give_up=give_up,
         )  # fmt: skip
         tasks = []
         for row in reply[1:]:
@@ -305,24 +307,23 @@ class Broker:
         warnings: Sequence[str] = (),
         stages: StageTimings | None = None,
         busy_ms: float = 0.0,
-        patience_s: float | None = None,
-        give_up: Callable[[], bool] = lambda: False,
+        give_up: Callable[[], bool] | None = None,
     ) -> Literal["ok", "already", "lost"]:
         """End a run; the first writer wins. `lost`: another attempt has the task by now, and this result is void."""
         outcome: Literal["ok", "already", "lost"] = self._run(
             "finish", *hold, status, json.dumps([image.model_dump() for image in images]),
             error.model_dump_json() if error else "", json.dumps(list(warnings), ensure_ascii=False),
             (stages or StageTimings()).model_dump_json(), f"{busy_ms:.3f}", self._retention_ms, worker,
-            patience_s=patience_s, give_up=give_up,
+            give_up=give_up,
         )  # fmt: skip
         return outcome
 
     def release(
-        self, worker: str, hold: Hold, *, patience_s: float | None = None, give_up: Callable[[], bool] = lambda: False
+        self, worker: str, hold: Hold, *, give_up: Callable[[], bool] | None = None
     ) -> Literal["ok", "canceled", "lost"]:
         """Give a run back to the head of its queue, with no crash counted."""
         outcome: Literal["ok", "canceled", "lost"] = self._run(
-            "release", *hold, self._retention_ms, worker, patience_s=patience_s, give_up=give_up
+            "release", *hold, self._retention_ms, worker, give_up=give_up
         )
         return outcome
 
@@ -332,9 +333,11 @@ class Broker:
         """Take back the runs of a worker known to be dead or, without a name, every run whose lease ran out.
 
         A crash is counted for the `suspects`; they and the `bystanders` will run alone. Other runs are given back
-        unharmed. Of a lease that ran out nobody knows, so every run is a suspect.
+        unharmed. Of a lease that ran out nobody knows, so every run is a suspect; after an outage none runs out for
+        one term more.
         """
-        limits = (self._settings.crash_limit, self._retention_ms, REAP_BATCH)
+        lease_ms, gap_ms = int(self._settings.lease_s * 1000), int(REAP_GAP_S * 1000)
+        limits = (self._settings.crash_limit, self._retention_ms, lease_ms, gap_ms, REAP_BATCH)
         reply = self._run("reap", worker, *limits, len(suspects), *suspects, *bystanders)
         return [Reaped(*row) for row in reply]
 
@@ -359,25 +362,21 @@ class Broker:
         self,
         script: str,
         *args: str | float,
-        patience_s: float | None = None,
-        give_up: Callable[[], bool] = lambda: False,
+        give_up: Callable[[], bool] | None = None,
     ) -> Any:
-        reply, history = self._patiently(
-            lambda: run_script(self._redis, SCRIPTS[script], args), patience_s=patience_s, give_up=give_up
-        )
+        reply, history = self._patiently(lambda: run_script(self._redis, SCRIPTS[script], args), give_up)
         self._promises.heed(script, args, reply, history)
         return reply
 
-    def _patiently(
-        self, call: Callable[[], T], *, patience_s: float | None = None, give_up: Callable[[], bool] = lambda: False
-    ) -> T:
-        patience = self._patience_s if patience_s is None else patience_s
-
+    def _patiently(self, call: Callable[[], T], give_up: Callable[[], bool] | None = None) -> T:
         def attempt() -> T:
             self._promises.renew(partial(exchange, self._redis))
             return call()
 
-        answer = patiently(attempt, patience_s=patience, timeout_s=self._timeout_s, give_up=give_up)
+        patience_s = FOREVER if give_up else self._patience_s
+        answer = patiently(
+            attempt, patience_s=patience_s, timeout_s=self._timeout_s, give_up=give_up or (lambda: False)
+        )
         self._promises.answered()
         return answer
 

@@ -80,7 +80,7 @@ def _add_lists(api: Api, broker: Broker, catalogue: Catalogue) -> None:
 
 def _add_health(api: Api, broker: Broker, disk: DiskGuard) -> None:
     began = time.monotonic()
-    unhealthy = problems.status_of(RedisUnavailable)
+    unhealthy, come_back = problems.status_of(RedisUnavailable)
     unready = (RedisUnavailable, StorageFull, NoWorker)
 
     @api.get("/health", responses={"200": Health, str(unhealthy): Health})
@@ -90,7 +90,9 @@ def _add_health(api: Api, broker: Broker, disk: DiskGuard) -> None:
         `reasons` says why it is not healthy.
         """
         found = look(broker, disk, time.monotonic() - began)
-        return json_answer(found, unhealthy if found.status == "unhealthy" else 200, NO_STORE)
+        if found.status == "unhealthy":
+            return json_answer(found, unhealthy, {**NO_STORE, **come_back})
+        return json_answer(found, headers=NO_STORE)
 
     @api.get("/ready", responses={"200": Ready, **problems.documented(*unready)})
     def ready() -> Response:

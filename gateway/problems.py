@@ -134,15 +134,18 @@ def documented(*errors: type[FleetError]) -> ResponseDict:
     return {status: {"description": ", ".join(codes), "content": content} for status, codes in by_status.items()}
 
 
-def status_of(error: type[FleetError]) -> int:
-    """Return the HTTP status of an error, for a call that answers with a body of its own."""
-    return KINDS[error.code].status
+def status_of(error: type[FleetError]) -> tuple[int, Mapping[str, str]]:
+    """Return the HTTP status of an error and its headers, for a call that answers with a body of its own."""
+    return KINDS[error.code].status, _retry_after(KINDS[error.code])
 
 
 def _foreseen(error: FleetError, kind: Kind) -> Answer:
     fields = [ProblemField(loc=loc, msg=msg) for loc, msg in error.errors]
-    headers = {} if kind.retry_after_s is None else {"Retry-After": str(kind.retry_after_s)}
-    return Answer(_problem(kind, error.code, error.message, fields), headers)
+    return Answer(_problem(kind, error.code, error.message, fields), _retry_after(kind))
+
+
+def _retry_after(kind: Kind) -> Mapping[str, str]:
+    return {} if kind.retry_after_s is None else {"Retry-After": str(kind.retry_after_s)}
 
 
 def _from_http(error: HTTPException, status: int) -> Answer:

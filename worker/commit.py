@@ -70,7 +70,7 @@ class Committer:
             began = time.perf_counter()
             images = self._store(task) if task.outcome == "succeeded" else []
             if task.outcome == "released":
-                self._broker.release(self._worker, task.hold, patience_s=FOREVER, give_up=self._abandoned)
+                self._broker.release(self._worker, task.hold, give_up=self._abandoned)
             elif task.outcome in ("succeeded", "failed", "canceled"):
                 self._finish(task, images, _ms(time.perf_counter() - began))
             log.info(
@@ -107,7 +107,6 @@ class Committer:
             warnings=task.warnings,
             stages=stages,
             busy_ms=task.busy_s * 1000,
-            patience_s=FOREVER,
             give_up=self._abandoned,
         )
         if verdict == "lost":

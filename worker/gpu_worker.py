@@ -20,7 +20,7 @@ from rq.serializers import JSONSerializer
 from rq.worker_registration import register
 
 from common import storage
-from common.broker import FOREVER, Broker
+from common.broker import Broker
 from common.connection import connect, patiently
 from common.errors import ConfigurationError, DeviceFailed, FleetError, RedisUnavailable
 from common.records import Claimed
@@ -202,9 +202,7 @@ class GpuWorker(SimpleWorker):
                 continue
             try:
                 asked = time.monotonic()
-                claim = self.broker.claim(
-                    self.name, self.device, models, room, patience_s=FOREVER, give_up=self._draining.is_set
-                )
+                claim = self.broker.claim(self.name, self.device, models, room, give_up=self._draining.is_set)
                 # the last of its tries was sent no earlier than that: each waits for a connection, and for a reply
                 leased_at = max(asked, time.monotonic() - 2 * self.settings.redis_timeout_s)
                 for claimed in claim.tasks:
@@ -247,6 +245,7 @@ class GpuWorker(SimpleWorker):
             self._committing -= 1
             if task.outcome == "succeeded":
                 self._images_done += task.claimed.request.n
+                self.vitals.has_done(self._images_done)
 
     def _drain(self, feeder: threading.Thread) -> None:
         log.info("worker_draining", held=len(self._held))

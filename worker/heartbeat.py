@@ -22,7 +22,7 @@ _ENTRY = struct.Struct("<64sIdB")  # task id, fence, stop_at, cause
 _MOST_ENTRIES = 256  # tasks beyond are not told of; no device advances that many at once
 
 # Places of the numbers, and where the two lists of entries begin
-_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE = range(5)
+_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE, _DONE = range(6)
 _NUMBERS = 8 * 8  # bytes
 _LIST = _MOST_ENTRIES * _ENTRY.size
 _SIZE = _NUMBERS + 2 * _LIST
@@ -53,6 +53,7 @@ class Reading:
     stage: Stage
     since: float
     device_mb: int
+    done: int  # pictures made and committed
     on_device: Sequence[InHand]  # in the call that it is in
     in_store: Sequence[InHand]  # being encoded or stored, beside that
 
@@ -97,6 +98,10 @@ class Heartbeat:
         """Say how much of the device's memory this process keeps between two steps."""
         self._numbers[_MEMORY] = device_mb
 
+    def has_done(self, pictures: int) -> None:
+        """Say how many pictures this worker has made and committed."""
+        self._numbers[_DONE] = pictures
+
     def read(self) -> Reading:
         """Return the state; what was on the device stays told until something else is."""
         stage = Stage(int(self._numbers[_STAGE]))
@@ -104,6 +109,7 @@ class Heartbeat:
             stage=stage,
             since=self._numbers[_SINCE],
             device_mb=int(self._numbers[_MEMORY]),
+            done=int(self._numbers[_DONE]),
             on_device=self._listed(_ON_DEVICE) if stage is Stage.BUSY else (),
             in_store=self._listed(_IN_STORE),
         )

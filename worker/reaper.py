@@ -32,14 +32,12 @@ class Burial(NamedTuple):
 class Reaper:
     """One machine's part in keeping the fleet's books. No call waits for a Redis that is away."""
 
-    def __init__(self, broker: Broker, storage: BaseStorage, lease_s: float) -> None:
-        """`broker` must not be patient: a call that had to wait would reap before the living have beaten."""
+    def __init__(self, broker: Broker, storage: BaseStorage) -> None:
+        """`broker` should not be patient, as the supervisor has more to do."""
         self._broker = broker
         self._storage = storage
-        self._lease_s = lease_s
         self._dead: list[Burial] = []
-        self._away = True  # as we may have come up together with a Redis that was
-        self._last = time.monotonic()
+        self._away = False
         self._next_reap = self._next_reconcile = 0.0
 
     def bury(self, burial: Burial) -> None:
@@ -50,15 +48,7 @@ class Reaper:
     def tick(self) -> None:
         """Do what is due."""
         now = time.monotonic()
-        if now - self._last > self._lease_s / 3:
-            self._away = True  # this machine stood still, and perhaps its workers with it: not they are to blame
-        self._last = now
         try:
-            if self._away:
-                self._broker.probe()
-                self._away = False
-                # every lease may have run out meanwhile: let the living renew theirs before any is reaped
-                self._next_reap = self._next_reconcile = now + self._lease_s
             while self._dead:
                 self._take_back(self._dead[0])
                 self._dead.pop(0)
@@ -71,6 +61,7 @@ class Reaper:
                 self._next_reconcile = now + RECONCILE_INTERVAL_S
                 for task_id in self._broker.reconcile(RECONCILE_INTERVAL_S * 0.9):
                     log.warning("task_put_back", task_id=task_id)
+            self._away = False
         except RedisUnavailable:
             if not self._away:
                 log.warning("redis_away")

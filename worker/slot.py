@@ -44,6 +44,12 @@ class Child:
             self.ready_at = time.monotonic()
         return reading
 
+    def is_sound(self, steady_s: float) -> bool:
+        """Whether it has proved that a worker can run here: by work, or by being ready for so long."""
+        if self.heartbeat.read().done:
+            return True
+        return self.ready_at is not None and time.monotonic() - self.ready_at >= steady_s
+
     def memory(self) -> Sample | None:
         """Return its memory in MiB, or None if it is just going."""
         try:

@@ -36,7 +36,7 @@ LOOK_INTERVAL_S = 1.0  # at what changes slowly: zombies, memory
 GPU_INTERVAL_S = 5.0  # at whether the GPUs are still there
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
-STEADY_S = 30.0  # a child that lived this long starts its back-off afresh
+STEADY_S = 30.0  # a child that was ready this long, or has made a picture, starts its back-off afresh
 KILL_MARGIN_S = 10.0  # beyond the drain time, for commits
 KILL_WAIT_S = 1.0  # a process that the kernel cannot end at once will at least do nothing more
 LATE = Stall("drain took too long", blame=False)
@@ -56,7 +56,7 @@ class Supervisor:
             for index, device in enumerate(devices)
         ]
         self._broker = Broker(settings, patience_s=0.0)  # never waits for a Redis that is away
-        self._reaper = Reaper(self._broker, open_storage(settings), settings.lease_s)
+        self._reaper = Reaper(self._broker, open_storage(settings))
         self._housekeeping = Housekeeping(settings)
         self._gpus = gpu.Watch([int(device) for device in devices if device != gpu.CPU], every_s=GPU_INTERVAL_S)
         self._stopping = False  # a bare flag: a handler that runs within Event.wait cannot set that event
@@ -193,11 +193,12 @@ class Supervisor:
         now = time.monotonic()
         if code == BAD_CONFIGURATION:
             slot.backoff_s = LONGEST_BACKOFF_S
-        elif child.recycled or (child.ready_at is not None and now - child.ready_at >= STEADY_S):
+        elif child.recycled or child.is_sound(STEADY_S):
             slot.backoff_s = 0.0
         if not child.recycled:
             log.warning("worker_died", worker=child.name, gpu=child.device, exit_code=code, restart_in_s=slot.backoff_s)
         self._bury(child)
+        child.close()
         slot.child = None
         slot.restart_at = now + slot.backoff_s
         if not child.recycled:
@@ -208,7 +209,6 @@ class Supervisor:
             return
         child.buried = True
         last = child.heartbeat.read()
-        child.close()
         suspects, bystanders = last.on_device, last.in_store
         if not suspects:
             suspects, bystanders = bystanders, ()  # it died of encoding or storing a picture
@@ -257,6 +257,7 @@ class Supervisor:
     def _has_left(self, slot: Slot, child: Child) -> bool:
         if child.process.poll() is not None:
             self._bury(child)
+            child.close()
         elif not child.buried:
             self._watch(slot, child, look=False)
         return child.buried

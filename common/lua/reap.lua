@@ -1,21 +1,27 @@
 -- Takes back the runs of a dead worker, or those whose lease ran out: to the head of their queue. One crash is counted
 -- for each suspect, which from then on runs alone; a task that has used up its crashes is quarantined as failed. Those that
 -- stood by will run alone too, so that next time there is no doubt.
--- ARGV: worker ('' for every lease that ran out: then all are suspects), crash_limit, retention_ms, limit,
+-- After a time in which nobody could reap, as Redis was away or stood still, nobody could beat either: then leases get one
+-- more term before any of them counts as run out.
+-- ARGV: worker ('' for every lease that ran out: then all are suspects), crash_limit, retention_ms, lease_ms, gap_ms, limit,
 --       number of suspects, suspect id …, bystander id …
 -- Returns {{id, fence, 'requeued'|'given_back'|'quarantined'|'canceled', worker, request_id} …}
 local worker, crash_limit, retention_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = now_ms()
 local ids
 if worker == '' then
-  ids = redis.call('ZRANGEBYSCORE', K.LEASES, 0, now, 'LIMIT', 0, ARGV[4])
+  local last = tonumber(redis.call('GET', K.REAPED) or '0')
+  redis.call('SET', K.REAPED, string.format('%d', now))
+  if now - last > tonumber(ARGV[5]) then redis.call('SET', K.REAP_GRACE, '1', 'PX', ARGV[4]) end
+  if redis.call('EXISTS', K.REAP_GRACE) == 1 then return {} end
+  ids = redis.call('ZRANGEBYSCORE', K.LEASES, 0, now, 'LIMIT', 0, ARGV[6])
 else
   ids = redis.call('ZRANGE', K.LEASES, 0, -1)
 end
 
 local suspects, bystanders = {}, {}
-for i = 6, #ARGV do
-  local which = i < 6 + tonumber(ARGV[5]) and suspects or bystanders
+for i = 8, #ARGV do
+  local which = i < 8 + tonumber(ARGV[7]) and suspects or bystanders
   which[ARGV[i]] = true
 end
 

@@ -116,11 +116,6 @@ def test_frozen_redis(rig: Rig, note: NoteFn) -> None:
     silent = [
         path for (_, path), (answer, _) in zip(CALLS, refusals, strict=True) if "Retry-After" not in answer.headers
     ]
-    gaps = ["an unhealthy /health does not say when to come back"] if silent == ["/health"] else []
-    if report.outcomes["lost"]:
-        gaps.append(f"a reap that waited in the frozen Redis' socket took runs from living workers: {report.outcomes}")
-    if gaps:
-        pytest.xfail("; ".join(gaps))
     assert not silent
     assert finished <= results(rig), "a finished picture was made again"
     assert set(report.outcomes) <= {"succeeded", "released"}, report

@@ -16,7 +16,7 @@ import pytest
 from common.schemas import TaskStatus, WorkerCard
 from tests.faults.books import Mix
 from tests.faults.conftest import NoteFn
-from tests.faults.rig import LEASE_S, LONG, Rig, frozen, sabotage, within, workers_of
+from tests.faults.rig import LEASE_S, LONG, Rig, frozen, within, workers_of
 from tests.fleet import await_final, await_running, ready_workers, record, submit_many
 from tests.servers import WorkerServer, eventually
 
@@ -82,10 +82,9 @@ def running_on(rig: Rig, task_id: str) -> str | None:
 
 @pytest.mark.timeout(900 if LONG else 300)
 def test_killed_workers(tmp_path: Path, note: NoteFn) -> None:
-    """Back-off is out of the way (`steady`): it is for children that fail, and these are healthy and killed."""
     mix = Mix(cancel_share=0.05, deadline_share=0.05, deadline_s=0.2)
     with Rig(tmp_path, workers_per_device=4, simulated_load_ms=LOAD_MS) as rig:
-        supervisor = rig.supervise(environment=sabotage("steady"))
+        supervisor = rig.supervise()
         executioner = Executioner(rig)
         with rig.load(rate_s=8, mix=mix) as load:
             while executioner.kills < KILLS:
@@ -100,11 +99,11 @@ def test_killed_workers(tmp_path: Path, note: NoteFn) -> None:
         assert report.balanced, report
 
 
-@pytest.mark.xfail(strict=True, reason="a worker that was ready and at work is kept waiting when it is killed again")
-def test_a_worker_killed_again_is_replaced_as_fast(rig: Rig) -> None:
+def test_a_worker_killed_again_and_again_at_work_is_replaced_as_fast(rig: Rig) -> None:
     rig.supervise(workers_per_device=1)
     executioner = Executioner(rig)
     for kills in range(1, 4):
+        await_final(rig.broker, submit_many(rig.broker, 1))
         executioner.kill_one()
         while len(executioner.recovery_s) < kills:
             executioner.watch(time.monotonic() + 0.1)

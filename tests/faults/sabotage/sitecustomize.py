@@ -38,15 +38,8 @@ def unreconciled() -> None:
     """Let no supervisor look for tasks that stand nowhere."""
     from common import broker
 
-    broker.Broker.reconcile = lambda _self: []  # type: ignore[method-assign]
-
-
-def steady() -> None:
-    """Start every child again at once, however often it has died: for a test that kills a healthy one every second."""
-    from worker import supervisor
-
-    supervisor.STEADY_S = 0.0
+    broker.Broker.reconcile = lambda _self, _every_s=0.0: []  # type: ignore[method-assign]
 
 
 for name in filter(None, os.environ.get("ZFLEET_TEST_SABOTAGE", "").split(",")):
-    {"unfenced": unfenced, "unreconciled": unreconciled, "steady": steady}[name]()
+    {"unfenced": unfenced, "unreconciled": unreconciled}[name]()

@@ -345,6 +345,23 @@ def test_a_crash_is_counted_for_those_on_the_device_alone(broker: Broker, submit
     assert {attempt.outcome for attempt in record.attempts[:-1]} == {"released"}
 
 
+def test_after_an_outage_leases_get_one_more_term(
+    settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finds the gap, and however late what it sent is heard: nobody could beat meanwhile."""
+    monkeypatch.setattr("common.broker.REAP_GAP_S", 0.5)
+    broker = Broker(settings.model_copy(update={"lease_s": 0.3}))
+    assert broker.reap() == []
+    task_id = submit()
+    claim_one(broker)
+    threading.Event().wait(0.6)  # Redis hangs: no reap, no beat
+    assert broker.reap() == []
+    threading.Event().wait(0.15)
+    assert broker.reap() == []
+    threading.Event().wait(0.2)
+    assert [reaped.task_id for reaped in broker.reap()] == [task_id]
+
+
 def test_a_claim_that_is_heard_after_its_workers_burial_takes_nothing(broker: Broker, submit: SubmitFn) -> None:
     submit()
     broker.reap("w1")

@@ -94,7 +94,7 @@ def test_a_gpu_that_two_workers_share_counts_once(broker: Broker, worker: FakeWo
 def test_health_without_redis_is_unhealthy(away: FlaskClient) -> None:
     answer = away.get("/health")
     found = Health.model_validate_json(answer.data)
-    assert (answer.status_code, found.status) == (503, "unhealthy")
+    assert (answer.status_code, found.status, bool(answer.headers["Retry-After"])) == (503, "unhealthy", True)
     assert "Redis" in found.reasons[0]
 
 

@@ -21,7 +21,7 @@ from worker.reaper import Burial, Reaper
 
 @pytest.fixture
 def reaper(settings: Settings) -> Reaper:
-    return Reaper(Broker(settings, patience_s=0.0), open_storage(settings), settings.lease_s)
+    return Reaper(Broker(settings, patience_s=0.0), open_storage(settings))
 
 
 def test_a_dead_workers_runs_are_taken_back_even_if_redis_was_away(
@@ -73,38 +73,6 @@ def test_what_a_dead_worker_stored_and_never_committed_is_removed(
     with pytest.raises(StorageError):
         storage.read(keys[0])
     assert storage.read(keys[1]) == b"pixels"
-
-
-def test_after_an_outage_leases_get_a_term_to_be_renewed(reaper: Reaper, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(reaper._broker, "reap", lambda worker="": calls.append(worker) or [])
-    away = [False, True, True, False, False]  # Redis, at each tick
-
-    def probe() -> None:
-        if away[0]:
-            raise RedisUnavailable("away")
-
-    monkeypatch.setattr(reaper._broker, "probe", probe)
-    seen = []
-    for is_away in away:
-        away[0] = is_away
-        if is_away:
-            reaper._away = True  # as any call that fails sets it
-        reaper.tick()
-        seen.append((reaper._away, reaper._next_reap > time.monotonic() + reaper._lease_s - 1))
-    assert seen == [(False, True), (True, True), (True, True), (False, True), (False, True)]
-    assert calls == []
-    reaper._next_reap = 0.0
-    reaper.tick()
-    assert calls == [""]
-
-
-def test_a_machine_that_stood_still_gives_its_own_workers_a_term_as_well(reaper: Reaper) -> None:
-    reaper.tick()
-    reaper._next_reap = 0.0
-    reaper._last -= reaper._lease_s / 2  # as after SIGSTOP, or a paused virtual machine
-    reaper.tick()
-    assert reaper._next_reap > time.monotonic() + reaper._lease_s - 1
 
 
 def test_a_task_past_its_deadline_is_ended_with_no_worker_about(

@@ -18,7 +18,9 @@ def limits() -> Settings:
 
 
 def reading(stage: Stage, standing_s: float, *on_device: InHand) -> Reading:
-    return Reading(stage=stage, since=time.monotonic() - standing_s, device_mb=0, on_device=on_device, in_store=())
+    return Reading(
+        stage=stage, since=time.monotonic() - standing_s, device_mb=0, done=0, on_device=on_device, in_store=()
+    )
 
 
 @pytest.mark.parametrize(
