@@ -20,6 +20,7 @@ from tests.servers import Server, eventually, free_port
 RATE_S = 30
 KILLS = 10 if LONG else 3
 BETWEEN_S = 1.5
+DOWN_S = 0.3  # so that some submit is sure to meet nobody
 BACK_S = 20.0
 
 
@@ -59,6 +60,7 @@ def killed_under_load(rig: Rig, url: str, kill: Callable[[], None], start: Calla
             time.sleep(BETWEEN_S)
             kill()
             since = time.time()
+            time.sleep(DOWN_S)
             start()
             within(lambda: max(rig.ledger.accepted_at.values()) > since, BACK_S)  # noqa: B023 (called at once)
             recovery_s.append(time.time() - since)

@@ -150,7 +150,7 @@ def test_frozen_workers(rig: Rig, note: NoteFn) -> None:
     note("SIGSTOP of a worker past its lease, then SIGCONT", FREEZES, report, recovery_s)
     assert refused >= FREEZES, report
     assert '"outcome":"lost"' in rig.log(0), "no finished picture came late"
-    assert set(report.outcomes) == {"succeeded", "lost"}
+    assert set(report.outcomes) <= {"succeeded", "lost", "released"}, report
     assert report.balanced, report
 
 
