@@ -31,7 +31,8 @@ up: .venv/.runs ## the fleet, until Ctrl-C: MODEL=pico WORKERS=1
 	@exec $(RUN) zfleet up "--model=$${MODEL:-pico}" $${WORKERS:+"--workers=$$WORKERS"}
 
 test: .venv/.develops servers ## all tests, or some: TESTS="tests/unit -k client"
-	@exec $(RUN) pytest $$TESTS
+	@if [ -n "$$TESTS" ]; then exec $(RUN) pytest $$TESTS; fi; \
+	$(RUN) pytest --ignore=tests/faults && exec $(RUN) pytest -n 2 --dist loadfile tests/faults # which mostly waits
 
 check: .venv/.develops ## style, types, and who may import whom
 	@$(RUN) ruff check .
@@ -50,7 +51,7 @@ faults: export ZFLEET_FAULTS = long
 faults: export ZFLEET_FAULTS_REPORT = docs/reliability.md
 faults: export ZFLEET_FAULTS_COMMAND = make faults
 faults: .venv/.develops servers ## every fault in its long form, some 12 minutes; the table goes into docs/reliability.md
-	@exec $(RUN) pytest -v tests/faults
+	@exec $(RUN) pytest -v -n 2 --dist loadfile tests/faults
 
 soak: .venv/.develops servers ## a fleet under steady load, in which nothing may grow: SOAK_MINUTES=10 MODEL=simulated
 	@exec $(RUN) tests.faults.soak "--minutes=$${SOAK_MINUTES:-10}" "--model=$${MODEL:-simulated}"
