@@ -251,16 +251,21 @@ class Supervisor:
         for slot in self.slots:
             if slot.child:
                 self._ask_to_leave(slot.child)
-        while any(slot.child and not self._has_left(slot, slot.child) for slot in self.slots):
+        while living := [slot for slot in self.slots if slot.child]:
+            for slot in living:
+                assert slot.child
+                self._see_off(slot, slot.child)
             time.sleep(TICK_S / 10)
 
-    def _has_left(self, slot: Slot, child: Child) -> bool:
+    def _see_off(self, slot: Slot, child: Child) -> None:
         if child.process.poll() is not None:
             self._bury(child)
             child.close()
-        elif not child.buried:
+            slot.child = None
+        elif child.buried:
+            slot.child = None  # killed, and the kernel cannot end it
+        else:
             self._watch(slot, child, look=False)
-        return child.buried
 
 
 def large_enough(devices: Sequence[str], catalogue: Catalogue, *, skip: bool) -> list[str]:
