@@ -18,7 +18,7 @@ NoteFn = Callable[..., None]
 def note(record_property: Callable[[str, object], None]) -> NoteFn:
     """Put a fault into the table: note("kill -9 of a worker", times, report, recovery_s)."""
 
-    def note_one(fault: str, times: int, report: Report, recovery_s: Sequence[float] = ()) -> None:
+    def note_one(fault: str, times: int, report: Report | table.Count, recovery_s: Sequence[float] = ()) -> None:
         record_property(table.PROPERTY, table.Row.of(fault, times, report, recovery_s).as_property())
 
     return note_one

@@ -14,13 +14,16 @@ import requests
 from common.broker import SCRIPTS, Broker
 from common.schemas import TaskStatus
 from common.settings import Settings
+from tests.faults.conftest import NoteFn
 from tests.faults.proxy import Proxy
+from tests.faults.rig import LONG
+from tests.faults.table import Count
 from tests.fleet import await_final, ready_workers, submit_many
 from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
 
-LOST = 12
+LOST = 30 if LONG else 12
 CLIENTS = 4
-TASKS = 48
+TASKS = 4 * LOST
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def over_proxy(settings: Settings, proxy: Proxy) -> Settings:
 
 
 def test_a_submit_whose_reply_is_lost_is_one_task(
-    broker: Broker, over_proxy: Settings, proxy: Proxy, redis_server: RedisServer, tmp_path: Path
+    broker: Broker, over_proxy: Settings, proxy: Proxy, redis_server: RedisServer, note: NoteFn, tmp_path: Path
 ) -> None:
     answers: list[requests.Response] = []
 
@@ -71,11 +74,21 @@ def test_a_submit_whose_reply_is_lost_is_one_task(
     queued = redis_server.client.lrange("rq:queue:simulated.normal.default", 0, -1)
     assert sorted(queued) == sorted(accepted), "an answer without its task, or a task twice"
     assert len(set(accepted)) == broker.pending() == TASKS
+    with WorkerServer(over_proxy, tmp_path / "log"):
+        count = Count.of(broker, over_proxy, accepted)
+    note("the reply to a submit lost", proxy.lost, count)
+    assert not count.problems, count
 
 
 @pytest.mark.parametrize("transition", ["claim", "finish", "progress", "beat"])
 def test_a_worker_whose_replies_are_lost_doubles_nothing(
-    transition: str, broker: Broker, over_proxy: Settings, proxy: Proxy, redis_server: RedisServer, tmp_path: Path
+    transition: str,
+    broker: Broker,
+    over_proxy: Settings,
+    proxy: Proxy,
+    redis_server: RedisServer,
+    note: NoteFn,
+    tmp_path: Path,
 ) -> None:
     settings = over_proxy.model_copy(update={"beat_s": 0.2})
     with WorkerServer(settings, tmp_path / "log"):
@@ -83,10 +96,13 @@ def test_a_worker_whose_replies_are_lost_doubles_nothing(
         redis_server.client.script_load(SCRIPTS[transition][0])
         proxy.lose(SCRIPTS[transition][1], LOST)
         task_ids = submit_many(broker, TASKS)
+        count = Count.of(broker, settings, task_ids)
         for task in await_final(broker, task_ids):
             assert (task.status, [a.outcome for a in task.attempts]) == (TaskStatus.SUCCEEDED, ["succeeded"])
-        eventually(lambda: proxy.to_lose == 0)
+        eventually(lambda: proxy.to_lose == 0, within_s=30)
+    note(f"the reply to a {transition} lost", proxy.lost, count)
     assert proxy.lost == LOST
+    assert not count.problems, count
     assert sum(path.is_file() for path in settings.results_dir.rglob("*")) == TASKS
     assert broker.pending() == 0
     assert sum(queue.queued + queue.running for queue in broker.queues()) == 0

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ import pytest
 from common.broker import Broker
 from common.schemas import TaskRecord, TaskStatus
 from common.settings import Settings
+from tests.faults.conftest import NoteFn
+from tests.faults.rig import LONG
+from tests.faults.table import Count
 from tests.fleet import await_final, await_running, ready_workers, record, submit_many
 from tests.servers import WorkerServer, eventually
+
+ROUNDS = 3 if LONG else 1
 
 MODELS = """
 [simulated]
@@ -57,6 +63,19 @@ def told(log: Path, event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == event]
 
 
+def replaced_after_s(log: Path) -> list[float]:
+    """For each worker that died, how long it took until the next one was ready. There must be one slot only."""
+    gaps, died = [], None
+    for line in (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")):
+        at = datetime.fromisoformat(line["time"]).timestamp()
+        if line["event"] == "worker_died":
+            died = at
+        elif line["event"] == "worker_ready" and died is not None:
+            gaps.append(at - died)
+            died = None
+    return gaps
+
+
 def outcomes(task: TaskRecord) -> list[str]:
     return [attempt.outcome for attempt in task.attempts]
 
@@ -71,22 +90,28 @@ def assert_nothing_is_held(broker: Broker) -> None:
 
 
 def test_a_poison_task_is_quarantined_and_its_batch_mates_are_blamed_once(
-    broker: Broker, changed: Change, tmp_path: Path
+    broker: Broker, changed: Change, note: NoteFn, tmp_path: Path
 ) -> None:
-    before = submit_many(broker, 2, steps=8)
-    (poison,) = submit_many(broker, 1, prompt="a [crash] course", steps=8)
-    after = submit_many(broker, 3, steps=8)
-    with WorkerServer(changed(), tmp_path / "log"):
-        tasks = await_final(broker, [*before, poison, *after], within_s=60)
-        ready_workers(broker)
-    bad = record(broker, poison)
-    assert (bad.status, code(bad), outcomes(bad)) == (TaskStatus.FAILED, "worker_crashed", ["crashed"] * 3)
-    for task in tasks:
-        if task.task_id != poison:
+    settings, log, task_ids = changed(), tmp_path / "log", list[str]()
+    poisons: dict[str, list[str]] = {}  # with those that share its batch
+    for _ in range(ROUNDS):
+        before = submit_many(broker, 2, steps=8)
+        (poison,) = submit_many(broker, 1, prompt="a [crash] course", steps=8)
+        poisons[poison] = [*before, *submit_many(broker, 3, steps=8)]
+        task_ids += [poison, *poisons[poison]]
+        with WorkerServer(settings, log):
+            count = Count.of(broker, settings, task_ids)
+            ready_workers(broker)
+    note("a task that kills its worker three times", ROUNDS, count, replaced_after_s(log))
+    for poison, mates in poisons.items():
+        bad, tasks = record(broker, poison), [record(broker, task_id) for task_id in mates]
+        assert (bad.status, code(bad), outcomes(bad)) == (TaskStatus.FAILED, "worker_crashed", ["crashed"] * 3)
+        for task in tasks:
             assert task.status is TaskStatus.SUCCEEDED
             assert Counter(outcomes(task))["crashed"] <= 1, outcomes(task)
             assert outcomes(task)[-1] == "succeeded"
-    assert Counter(o for task in tasks for o in outcomes(task))["crashed"] <= 3 + 3
+        assert Counter(o for task in tasks for o in outcomes(task))["crashed"] <= 3
+    assert not count.problems, count
     assert_nothing_is_held(broker)
 
 
@@ -102,39 +127,51 @@ def test_a_device_that_fails_takes_only_its_suspects_with_it(broker: Broker, cha
     assert_nothing_is_held(broker)
 
 
-def test_out_of_memory_fails_one_run_and_the_next_succeeds(broker: Broker, changed: Change, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with WorkerServer(changed(), log):
+def test_out_of_memory_fails_one_run_and_the_next_succeeds(
+    broker: Broker, changed: Change, note: NoteFn, tmp_path: Path
+) -> None:
+    settings, log, task_ids = changed(), tmp_path / "log", list[str]()
+    with WorkerServer(settings, log):
         (card,) = ready_workers(broker)
-        (large,) = submit_many(broker, 1, prompt="far too large: [oom]")
-        (crowded,) = submit_many(broker, 1, prompt="fits alone: [crowded]")
-        others = submit_many(broker, 6)
-        tasks = await_final(broker, [large, crowded, *others])
-        assert [(task.status, code(task)) for task in tasks[:2]] == [
-            (TaskStatus.FAILED, "out_of_memory"),
-            (TaskStatus.SUCCEEDED, None),
-        ]
-        assert {(task.status, len(task.attempts)) for task in tasks[2:]} == {(TaskStatus.SUCCEEDED, 1)}
+        for _ in range(ROUNDS):
+            (large,) = submit_many(broker, 1, prompt="far too large: [oom]")
+            (crowded,) = submit_many(broker, 1, prompt="fits alone: [crowded]")
+            mine = [large, crowded, *submit_many(broker, 6)]
+            task_ids += mine
+            tasks = await_final(broker, mine)
+            assert [(task.status, code(task)) for task in tasks[:2]] == [
+                (TaskStatus.FAILED, "out_of_memory"),
+                (TaskStatus.SUCCEEDED, None),
+            ]
+            assert {(task.status, len(task.attempts)) for task in tasks[2:]} == {(TaskStatus.SUCCEEDED, 1)}
+        count = Count.of(broker, settings, task_ids)
         assert [after.pid for after in ready_workers(broker)] == [card.pid]
+    note("out of memory, simulated", 2 * ROUNDS, count)
+    assert not count.problems, count
     assert not told(log, "worker_died")
     assert_nothing_is_held(broker)
 
 
 def test_a_hung_step_is_killed_within_its_budget_and_the_others_go_on(
-    broker: Broker, changed: Change, tmp_path: Path
+    broker: Broker, changed: Change, note: NoteFn, tmp_path: Path
 ) -> None:
-    log = tmp_path / "log"
-    with WorkerServer(changed(step_limit_s=1.0), log):
-        ready_workers(broker)
-        (hung,) = submit_many(broker, 1, prompt="a [hang] glider")
-        others = submit_many(broker, 4)
-        await_running(broker, others)
-        tasks = await_final(broker, [hung, *others])
-    assert (code(tasks[0]), outcomes(tasks[0])) == ("worker_crashed", ["crashed"] * 3)
-    for task in tasks[1:]:
-        assert task.status is TaskStatus.SUCCEEDED
-        assert Counter(outcomes(task))["crashed"] <= 1
-    assert [line["cause"] for line in told(log, "worker_killed")] == ["step_limit"] * 3
+    settings, log, task_ids = changed(step_limit_s=1.0), tmp_path / "log", list[str]()
+    with WorkerServer(settings, log):
+        for _ in range(ROUNDS):
+            ready_workers(broker)
+            (hung,) = submit_many(broker, 1, prompt="a [hang] glider")
+            others = submit_many(broker, 4)
+            task_ids += [hung, *others]
+            await_running(broker, others)
+            tasks = await_final(broker, [hung, *others])
+            assert (code(tasks[0]), outcomes(tasks[0])) == ("worker_crashed", ["crashed"] * 3)
+            for task in tasks[1:]:
+                assert task.status is TaskStatus.SUCCEEDED
+                assert Counter(outcomes(task))["crashed"] <= 1
+        count = Count.of(broker, settings, task_ids)
+    note("a step that hangs, thrice", ROUNDS, count, replaced_after_s(log))
+    assert [line["cause"] for line in told(log, "worker_killed")] == ["step_limit"] * 3 * ROUNDS
+    assert not count.problems, count
     assert_nothing_is_held(broker)
 
 
@@ -193,7 +230,7 @@ def test_a_fuse_trips_once_and_says_so(
 
 def test_a_worker_whose_memory_drifts_is_renewed_between_runs(broker: Broker, changed: Change, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    leaking = changed(drift_window_s=4.0, drift_warmup_s=0.0, simulated_image_ms=200.0)
+    leaking = changed(drift_window_s=2.0, drift_warmup_s=0.0, simulated_image_ms=200.0)
     with WorkerServer(leaking, log):
         (card,) = ready_workers(broker)
         task_ids = []
@@ -214,19 +251,24 @@ def test_a_worker_whose_memory_drifts_is_renewed_between_runs(broker: Broker, ch
 
 
 def test_a_model_that_fails_to_load_leaves_the_others_of_its_worker_at_work(
-    broker: Broker, changed: Change, tmp_path: Path
+    broker: Broker, changed: Change, note: NoteFn, tmp_path: Path
 ) -> None:
-    log = tmp_path / "log"
-    with WorkerServer(changed(models=("broken", "simulated")), log):
-        (card,) = ready_workers(broker)
-        assert list(card.models) == ["simulated"]
-        (waits,) = submit_many(broker, 1, model="broken")
-        tasks = await_final(broker, submit_many(broker, 4))
-        assert {task.status for task in tasks} == {TaskStatus.SUCCEEDED}
-        assert record(broker, waits).status is TaskStatus.QUEUED
-        assert broker.cancel(waits, "default") == "canceled"
-    (line,) = told(log, "model_load_failed")
-    assert "/nowhere/at/all" in line["message"]
+    settings, log, task_ids = changed(models=("broken", "simulated")), tmp_path / "log", list[str]()
+    for _ in range(ROUNDS):
+        with WorkerServer(settings, log):
+            (card,) = ready_workers(broker)
+            assert list(card.models) == ["simulated"]
+            (waits,) = submit_many(broker, 1, model="broken")
+            others = submit_many(broker, 4)
+            task_ids += [waits, *others]
+            assert {task.status for task in await_final(broker, others)} == {TaskStatus.SUCCEEDED}
+            assert record(broker, waits).status is TaskStatus.QUEUED
+            assert broker.cancel(waits, "default") == "canceled"
+            count = Count.of(broker, settings, task_ids)
+    note("a model that fails to load", ROUNDS, count)
+    lines = told(log, "model_load_failed")
+    assert len(lines) == ROUNDS and all("/nowhere/at/all" in line["message"] for line in lines)
+    assert not count.problems, count
 
 
 def test_a_worker_stuck_in_a_call_does_not_outlive_its_supervisor(
