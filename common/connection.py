@@ -34,9 +34,21 @@ ASK_SENTINEL_S = 1.0
 POOL_SIZE = 64  # connections; more callers than that wait for one
 
 # at the beginning, or where Redis 6 has it when a command inside a script was refused
-_BUSY = re.compile(r"(?:^|: -)(?:LOADING|MISCONF|MASTERDOWN|TRYAGAIN|UNBLOCKED|OOM|READONLY|NOREPLICAS) ")
+_BUSY = re.compile(r"(?:^|: -)(?:LOADING|MISCONF|MASTERDOWN|TRYAGAIN|BUSY|UNBLOCKED|OOM|READONLY|NOREPLICAS) ")
 
 _HISTORY = re.compile(r"master_replid:(\w+)")
+
+
+# those of them whose first word redis-py takes away
+_PASSING = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.NoPermissionError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.MasterDownError,
+)
 
 
 class NotYet(redis.ConnectionError):
@@ -249,9 +261,17 @@ def _from_sentinel(url: str, options: dict[str, Any], pool: Mapping[str, Any]) -
 
 def transient(error: BaseException) -> bool:
     """Whether the same command may succeed a little later: Redis is away, loading, failing over or refusing writes."""
-    if isinstance(error, redis.ConnectionError | redis.TimeoutError | redis.ReadOnlyError):
+    if isinstance(error, _PASSING):
         return True
     return isinstance(error, redis.ResponseError) and _BUSY.search(str(error)) is not None
+
+
+def _remedy(error: redis.RedisError, patience_s: float) -> str:
+    if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError):
+        return "Redis refuses this user or password; correct ZFLEET_REDIS_URL, or the user's rights on Redis"
+    if isinstance(error, redis.ResponseError):
+        return "Redis refuses writes for now (its disk or memory is full, or it is failing over); try again shortly"
+    return f"Redis did not answer within {patience_s:g} s; try again shortly"
 
 
 def patiently(
@@ -276,6 +296,6 @@ def patiently(
         result: T = retrying.call(call)
     except redis.RedisError as error:
         if transient(error):
-            raise RedisUnavailable(f"Redis did not answer within {patience_s:g} s; try again shortly") from error
+            raise RedisUnavailable(_remedy(error, patience_s)) from error
         raise
     return result

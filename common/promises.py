@@ -23,6 +23,8 @@ TOLD_AT_ONCE = 250  # far less than a time-out's worth
 MADE_BY = {"cancel": ("canceled", "flagged"), "finish": ("ok", "already")}  # answers that are a promise
 HEALED_BY = {"submit": "created", "finish": "ok"}  # answers that show it had been forgotten; a cancel's never does
 
+AGAIN = {"submit": ("again",), "finish": ("again",)}  # what marks a call as one that was agreed to before
+
 log = get_logger()
 
 
@@ -99,8 +101,7 @@ class Promises:
             log.warning("promises_replayed", count=healed, told=len(astray))
 
     def _tell_some(self, send: Send, promises: Sequence[Promise]) -> int:
-        again = {"submit": ("again",)}
-        calls = [(self._scripts[p.script], (*p.args, *again.get(p.script, ()))) for p in promises]
+        calls = [(self._scripts[p.script], (*p.args, *AGAIN.get(p.script, ()))) for p in promises]
         replies, history = run_scripts(send, calls)
         told, now = {id(promise) for promise in promises}, time.monotonic()
         with self._lock:  # what is new to it can be forgotten once more

@@ -72,6 +72,7 @@ class Images:
     def _from_here(self, image: ImageRef, mimetype: str) -> Response:
         path = self._storage.path(image.key)
         if path is not None and not path.is_file():
+            self._storage.check()
             raise TaskExpired("the picture is not in storage any more")
         source = io.BytesIO(self._storage.read(image.key)) if path is None else path
         return send_file(source, mimetype=mimetype, etag=image.sha256, conditional=True)

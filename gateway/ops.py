@@ -50,7 +50,7 @@ def create(broker: Broker, catalogue: Catalogue, disk: DiskGuard) -> Api:
     """Return the routes for operators and their tools."""
     api = Api("fleet", __name__, about="What the fleet is doing, and whether it is well.")
     _add_lists(api, broker, catalogue)
-    _add_health(api, broker, disk)
+    _add_health(api, broker, catalogue, disk)
     return api
 
 
@@ -78,7 +78,7 @@ def _add_lists(api: Api, broker: Broker, catalogue: Catalogue) -> None:
         return json_answer(Templates(), headers=NO_STORE)
 
 
-def _add_health(api: Api, broker: Broker, disk: DiskGuard) -> None:
+def _add_health(api: Api, broker: Broker, catalogue: Catalogue, disk: DiskGuard) -> None:
     began = time.monotonic()
     unhealthy, come_back = problems.status_of(RedisUnavailable)
     unready = (RedisUnavailable, StorageFull, NoWorker)
@@ -89,7 +89,7 @@ def _add_health(api: Api, broker: Broker, disk: DiskGuard) -> None:
 
         `reasons` says why it is not healthy.
         """
-        found = look(broker, disk, time.monotonic() - began)
+        found = look(broker, catalogue, disk, time.monotonic() - began)
         if found.status == "unhealthy":
             return json_answer(found, unhealthy, {**NO_STORE, **come_back})
         return json_answer(found, headers=NO_STORE)
@@ -99,12 +99,12 @@ def _add_health(api: Api, broker: Broker, disk: DiskGuard) -> None:
         """Tell whether a task submitted now would be accepted and run: Redis, room for results, and a live worker."""
         broker.probe()
         disk.check()
-        if not any(card.state != "lost" for card in broker.workers()):
+        if not any(card.models_loaded and card.state != "lost" for card in broker.workers()):
             raise NoWorker("no worker is alive; start one with: zfleet worker")
         return json_answer(Ready(), headers=NO_STORE)
 
 
-def look(broker: Broker, disk: DiskGuard, uptime_s: float) -> Health:
+def look(broker: Broker, catalogue: Catalogue, disk: DiskGuard, uptime_s: float) -> Health:
     """Return the fleet's health as Redis, the workers' cards and the results' disk tell it."""
     try:
         broker.probe()  # reads alone would go on where a full disk makes Redis refuse writes
@@ -116,8 +116,11 @@ def look(broker: Broker, disk: DiskGuard, uptime_s: float) -> Health:
         )  # fmt: skip
     reasons = [f"{card.device} of {card.host} is lost" for card in cards if card.state == "lost"]
     cards = [card for card in cards if card.state != "lost"]
+    unserved = [name for name in catalogue if not any(name in card.models for card in cards)]
     if not cards:
         reasons.append("no worker is alive")
+    elif unserved:
+        reasons.append(f"no worker serves {', '.join(unserved)}; tasks for it wait")
     if full := disk.reason():
         reasons.append(full)
     return Health(

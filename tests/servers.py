@@ -23,11 +23,18 @@ START_TIMEOUT_S = 30.0
 PACKAGES = {"ip": "iproute2", "cc": "gcc"}  # Debian's, where the package is not called like the program
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of loopback that nobody listens on, another one each time."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def eventually(check: Callable[[], object], *, within_s: float = 10.0, every_s: float = 0.02) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -118,7 +119,6 @@ class Committer:
         request = task.claimed.request
         folder = attempt_folder(self._worker, *task.hold, datetime.now(UTC).date())
         keys = {index: f"{folder}/{index}.{request.format}" for index in sorted(task.pixels)}
-        self._note(task, began=True)
         try:
             return [self._put(task, index, key) for index, key in keys.items()]
         except FleetError as error:
@@ -134,6 +134,7 @@ class Committer:
             task.error = TaskError(code="encode_failed", message=message)
         finally:
             self._note(task, began=False)
+            task.stored = True
         self._discard(keys.values())
         return []
 
@@ -143,14 +144,16 @@ class Committer:
             if began:
                 self._storing[task] = time.monotonic()
             else:
-                del self._storing[task]
-                task.stored = True
-            self._heartbeat.storing([storing.in_hand for storing in self._storing])
+                self._storing.pop(task, None)
+            oldest = min(self._storing.values(), default=math.inf)
+            self._heartbeat.storing([storing.in_hand for storing in self._storing], oldest)
 
     def _put(self, task: HeldTask, index: int, key: str) -> ImageRef:
         request, pixels = task.claimed.request, task.pixels[index]
+        self._note(task, began=True)
         data = encode(pixels, request.format, request.quality)
         for tries in itertools.count(1):
+            self._note(task, began=True)
             try:
                 self._storage.put(key, data)
                 break

@@ -182,9 +182,12 @@ class GpuWorker(SimpleWorker):
             return list(self._held.values())
 
     def _is_stuck(self, task: HeldTask) -> bool:
-        """Whether whoever has this task in hand stands still: the device, or the storage once it has an outcome."""
-        hand = self.committer if task.outcome else self.vitals
-        return hand.standing_s() > self.settings.step_limit_s
+        """Whether what this task waits for stands still: the storage once it has an outcome, the device before, and
+        either before it has begun.
+        """
+        store, device = self.committer.standing_s(), self.vitals.standing_s()
+        waits_for = (store,) if task.outcome else (device,) if task.began else (store, device)
+        return max(waits_for) > self.settings.step_limit_s
 
     # The feeder's thread
 
@@ -194,7 +197,8 @@ class GpuWorker(SimpleWorker):
             room = self.engine.await_room(IDLE_WAIT_S)
             if not room:
                 continue
-            if self.vitals.standing_s() > self.settings.step_limit_s:  # what it holds is being lost; take no more
+            standing_s = max(self.vitals.standing_s(), self.committer.standing_s())
+            if standing_s > self.settings.step_limit_s:  # what it holds is being lost; take no more
                 self._draining.wait(IDLE_WAIT_S)
                 continue
             if self._committing > COMMIT_BACKLOG + self.engine.capacity:

@@ -5,6 +5,7 @@ A number is stored and read as a whole, eight bytes at once, for the other side 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -22,7 +23,7 @@ _ENTRY = struct.Struct("<64sIdB")  # task id, fence, stop_at, cause
 _MOST_ENTRIES = 256  # tasks beyond are not told of; no device advances that many at once
 
 # Places of the numbers, and where the two lists of entries begin
-_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE, _DONE = range(6)
+_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE, _DONE, _STORE_SINCE = range(7)
 _NUMBERS = 8 * 8  # bytes
 _LIST = _MOST_ENTRIES * _ENTRY.size
 _SIZE = _NUMBERS + 2 * _LIST
@@ -56,6 +57,7 @@ class Reading:
     done: int  # pictures made and committed
     on_device: Sequence[InHand]  # in the call that it is in
     in_store: Sequence[InHand]  # being encoded or stored, beside that
+    store_since: float = math.inf  # when the oldest of their writes began
 
 
 def shared_file() -> int:
@@ -90,8 +92,9 @@ class Heartbeat:
         self._tell(_ON_DEVICE, on_device)
         self._numbers[_STAGE] = Stage.BUSY
 
-    def storing(self, in_store: Sequence[InHand]) -> None:
-        """Say whose pictures are being encoded and stored; by one thread at a time."""
+    def storing(self, in_store: Sequence[InHand], since: float = math.inf) -> None:
+        """Say whose pictures are being encoded and stored, and when the oldest write began; by one thread at a time."""
+        self._numbers[_STORE_SINCE] = since
         self._tell(_IN_STORE, in_store)
 
     def holds_memory(self, device_mb: int) -> None:
@@ -112,6 +115,7 @@ class Heartbeat:
             done=int(self._numbers[_DONE]),
             on_device=self._listed(_ON_DEVICE) if stage is Stage.BUSY else (),
             in_store=self._listed(_IN_STORE),
+            store_since=self._numbers[_STORE_SINCE] or math.inf,
         )
 
     def standing_s(self) -> float:

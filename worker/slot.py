@@ -50,6 +50,11 @@ class Child:
             return True
         return self.ready_at is not None and time.monotonic() - self.ready_at >= steady_s
 
+    def has_suspects(self) -> bool:
+        """Whether it was at some task, and so may have died of it."""
+        reading = self.heartbeat.read()
+        return bool(reading.on_device or reading.in_store)
+
     def memory(self) -> Sample | None:
         """Return its memory in MiB, or None if it is just going."""
         try:
@@ -94,9 +99,15 @@ def spawn(name: str, device: str, *, environment: Mapping[str, str], drift: Drif
     heartbeat = Heartbeat(shared)
     heartbeat.at(Stage.STARTING)
     command = [sys.executable, "-m", "worker", "child", name, device, str(theirs), str(shared)]
-    process = subprocess.Popen(
-        command, env=dict(environment), pass_fds=(theirs, shared, *inherit), stdin=subprocess.DEVNULL
-    )
-    os.close(theirs)
-    os.close(shared)
+    try:
+        process = subprocess.Popen(
+            command, env=dict(environment), pass_fds=(theirs, shared, *inherit), stdin=subprocess.DEVNULL
+        )
+    except BaseException:
+        os.close(ours)
+        heartbeat.close()
+        raise
+    finally:
+        os.close(theirs)
+        os.close(shared)
     return Child(name=name, device=device, process=process, pipe=ours, heartbeat=heartbeat, drift=drift)

@@ -198,11 +198,13 @@ class Supervisor:
         if not child.recycled:
             log.warning("worker_died", worker=child.name, gpu=child.device, exit_code=code, restart_in_s=slot.backoff_s)
         self._bury(child)
+        # a death that a task explains may repeat until that is quarantined, and the others should not wait for ever
+        longest_s = FIRST_BACKOFF_S if child.has_suspects() else LONGEST_BACKOFF_S
         child.close()
         slot.child = None
         slot.restart_at = now + slot.backoff_s
         if not child.recycled:
-            slot.backoff_s = min(LONGEST_BACKOFF_S, max(FIRST_BACKOFF_S, slot.backoff_s * 2))
+            slot.backoff_s = min(longest_s, max(FIRST_BACKOFF_S, slot.backoff_s * 2))
 
     def _bury(self, child: Child, tripped: Sequence[InHand] = (), *, blame: bool = True) -> None:
         if child.buried:

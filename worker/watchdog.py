@@ -26,6 +26,8 @@ def stall(reading: Reading, settings: Settings) -> Stall | None:
     standing_s = now - reading.since
     if reading.stage in (Stage.STARTING, Stage.LOADING):
         return Stall("load_limit") if standing_s > settings.load_limit_s else None
+    if now - reading.store_since > settings.step_limit_s:  # a storage that hangs is no task's fault
+        return Stall("store_limit", blame=False)
     if reading.stage is not Stage.BUSY:
         return None
     if standing_s > FUSE_GRACE_S:

@@ -46,6 +46,9 @@ class BaseStorage(abc.ABC):
         """Return the object's file on this machine, or None where there are no files."""
         return None
 
+    def check(self) -> None:
+        """Raise StorageError where the whole storage is out of reach, as by a mount that is gone."""
+
     def link(self, key: str, seconds: int) -> str | None:
         """Return a URL that fetches the object for so many seconds, or None where the gateway has to send it."""
         return None

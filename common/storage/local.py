@@ -65,6 +65,10 @@ class Storage(BaseStorage):
         except OSError as error:
             raise _told(error, "remove the pictures") from error
 
+    def check(self) -> None:
+        if not self._root.is_dir():
+            raise StorageError(f"there is no folder {self._root}; is it mounted?")
+
     def path(self, key: str) -> Path:
         return self._root / checked(key)
 

@@ -128,7 +128,8 @@ class Load:
                         if chance.random() < self._mix.cancel_share:
                             self._cancel(session, task_id)
                 elif following:
-                    wait_s = min(LOOK_S, max(0.0, due - now)) if len(following) < self._backlog else LOOK_S
+                    sends = len(following) < self._backlog and not self._stopping.is_set()
+                    wait_s = min(LOOK_S, max(0.0, due - now)) if sends else LOOK_S
                     task_id = following.popleft()
                     if not self._look(session, task_id, wait_s):
                         following.append(task_id)

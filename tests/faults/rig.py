@@ -63,12 +63,14 @@ class Rig:
         self._ended = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._ended.callback(self.broker.close)
-        self._ended.callback(self.ledger.close)
-        self.redis.start()
-        self._ended.callback(self.redis.kill)
-        self.start_gateway()
-        self._ended.callback(self.kill_gateway)
+        with contextlib.ExitStack() as ended:
+            ended.callback(self.broker.close)
+            ended.callback(self.ledger.close)
+            ended.callback(self.redis.kill)
+            self.redis.start()
+            ended.callback(self.kill_gateway)
+            self.start_gateway()
+            self._ended = ended.pop_all()
         return self
 
     def __exit__(

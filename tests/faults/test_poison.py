@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from common.broker import Broker
 from common.schemas import TaskRecord, TaskStatus
 from common.settings import Settings
+from common.storage.base import attempt_folder
 from tests.faults.conftest import NoteFn
 from tests.faults.rig import LONG
 from tests.faults.table import Count
@@ -281,3 +283,24 @@ def test_a_worker_stuck_in_a_call_does_not_outlive_its_supervisor(
     child = psutil.Process(card.pid)
     server.kill()
     child.wait(20)
+
+
+def test_a_storage_that_hangs_ends_its_worker_and_blames_nobody(
+    broker: Broker, changed: Change, tmp_path: Path
+) -> None:
+    """A pipe that nobody reads stands where the picture is to be written, as a file server that is gone."""
+    settings, log = changed(step_limit_s=1.0, simulated_image_ms=1_500.0), tmp_path / "log"
+    with WorkerServer(settings, log):
+        (card,) = ready_workers(broker)
+        (hung,) = submit_many(broker, 1)
+        await_running(broker, [hung])
+        folder = settings.results_dir / attempt_folder(card.name, hung, 1, datetime.now(UTC).date())
+        folder.mkdir(parents=True)
+        os.mkfifo(folder / f"0.png.{card.pid}.partial")
+        others = submit_many(broker, 5)
+        tasks = await_final(broker, [hung, *others])
+    assert {task.status for task in tasks} == {TaskStatus.SUCCEEDED}
+    assert {outcome for task in tasks for outcome in outcomes(task)} == {"released", "succeeded"}
+    assert [line["cause"] for line in told(log, "worker_killed")] == ["store_limit"]
+    assert not list(settings.results_dir.rglob("*.partial"))
+    assert_nothing_is_held(broker)

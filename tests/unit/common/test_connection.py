@@ -14,7 +14,7 @@ from common.broker import FOREVER, Broker
 from common.connection import connect, patiently
 from common.errors import ConfigurationError, RedisUnavailable
 from common.records import NewTask
-from common.settings import load_settings
+from common.settings import Settings, load_settings
 from tests.conftest import resolved
 from tests.servers import RedisServer, Server, binary, eventually, free_port
 
@@ -55,6 +55,27 @@ def test_a_redis_6_that_refuses_a_script_for_now_is_tried_again(tmp_path: Path) 
         eventually(lambda: (tmp_path / "log").read_text().count("Ready to accept"))
         with pytest.raises(RedisUnavailable):
             broker.submit(NewTask(task_id="0" * 32, tenant="default", request=resolved()))
+
+
+def test_a_redis_whose_memory_is_full_is_away_for_now(redis_server: RedisServer, settings: Settings) -> None:
+    broker = Broker(settings, patience_s=0.5)
+    redis_server.client.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(RedisUnavailable, match="refuses writes"):
+            broker.probe()
+    finally:
+        redis_server.client.config_set("maxmemory", "0")
+    broker.probe()
+
+
+def test_a_redis_that_refuses_this_user_names_the_remedy(redis_server: RedisServer, settings: Settings) -> None:
+    redis_server.client.execute_command("ACL", "SETUSER", "meek", "on", ">secret", "~*", "+@all", "-set")
+    meek = settings.redis_url.replace("redis://", "redis://meek:secret@")
+    with pytest.raises(RedisUnavailable, match="correct ZFLEET_REDIS_URL"):
+        Broker(settings.model_copy(update={"redis_url": meek}), patience_s=0.5).probe()
+    redis_server.client.execute_command("ACL", "DELUSER", "meek")
+    with pytest.raises(RedisUnavailable, match="correct ZFLEET_REDIS_URL"):
+        Broker(settings.model_copy(update={"redis_url": meek}), patience_s=0.5).probe()
 
 
 def test_another_error_is_not() -> None:

@@ -122,14 +122,35 @@ def test_a_forgotten_finish_holds(broker: Broker, server: RedisServer) -> None:
     assert record and [attempt.outcome for attempt in record.attempts] == ["succeeded"]
 
 
-def test_a_finish_whose_claim_is_forgotten_as_well_is_void(broker: Broker, server: RedisServer) -> None:
+def test_a_finish_holds_though_its_claim_is_forgotten_as_well(broker: Broker, server: RedisServer) -> None:
+    """A client may have seen that end."""
+    (task_id,) = submit(broker)
+    with forgotten(server):
+        broker.claim("w1", "cpu", ["simulated"], 1)
+        broker.finish("w1", Hold(task_id, 1), "succeeded", busy_ms=40.0)
+    record = broker.view(task_id)
+    assert record is not None
+    assert (record.status, [a.outcome for a in record.attempts]) == (TaskStatus.SUCCEEDED, ["succeeded"])
+    assert not broker.claim("w2", "cpu", ["simulated"], 1).tasks
+    assert (broker.pending(), sum(queue.queued + queue.running for queue in broker.queues())) == (0, 0)
+
+
+def test_a_finish_that_was_forgotten_comes_before_whoever_runs_its_task_by_now(
+    broker: Broker, open_broker: Callable[..., Broker], server: RedisServer
+) -> None:
     (task_id,) = submit(broker)
     with forgotten(server):
         broker.claim("w1", "cpu", ["simulated"], 1)
         broker.finish("w1", Hold(task_id, 1), "succeeded")
-    assert status(broker, task_id) is TaskStatus.QUEUED
-    (again,) = broker.claim("w2", "cpu", ["simulated"], 1).tasks
+    other = open_broker()
+    (again,) = other.claim("w2", "cpu", ["simulated"], 1).tasks
     assert (again.task_id, again.fence) == (task_id, 1)
+    assert status(broker, task_id) is TaskStatus.SUCCEEDED
+    assert other.finish("w2", Hold(task_id, 1), "succeeded") == "lost"
+    record = broker.view(task_id)
+    assert record is not None
+    assert [(a.worker, a.outcome) for a in record.attempts] == [("w2", "lost"), ("w1", "succeeded")]
+    assert sum(queue.queued + queue.running for queue in broker.queues()) == 0
 
 
 def test_an_accepted_task_comes_back_into_a_queue_that_is_full_by_now(

@@ -5,7 +5,7 @@ from flask.testing import FlaskClient
 
 from common.broker import Broker
 from common.schemas import GpuReading, Health, ModelView, QueueDepth, WorkerCard
-from common.settings import load_settings
+from common.settings import Settings, load_settings
 from gateway import ops
 from gateway.app import create_app
 from gateway.diskguard import DiskGuard
@@ -41,7 +41,7 @@ def test_workers_as_they_describe_themselves(client: FlaskClient, worker: FakeWo
 
 
 def test_models_with_their_limits_and_workers(client: FlaskClient, worker: FakeWorker) -> None:
-    worker.beat()
+    worker.beat(models=["simulated"])
     rows = [ModelView.model_validate(row) for row in client.get("/api/models").get_json()["models"]]
     assert [(row.name, row.default, row.workers) for row in rows] == [("simulated", True, 1), ("pico", False, 0)]
     assert (rows[1].min_side, rows[1].max_side, rows[1].size_multiple) == (64, 256, 16)
@@ -85,10 +85,23 @@ def test_a_lost_gpu_degrades_the_fleet_and_is_no_worker(
     assert client.get("/ready").status_code == 200
 
 
-def test_a_gpu_that_two_workers_share_counts_once(broker: Broker, worker: FakeWorker, disk: DiskGuard) -> None:
+def test_a_model_that_no_worker_serves_is_told(client: FlaskClient, worker: FakeWorker) -> None:
+    worker.beat(models=["simulated"])
+    found = Health.model_validate_json(client.get("/health").data)
+    assert (found.status, found.reasons) == ("degraded", ["no worker serves pico; tasks for it wait"])
+
+
+def test_a_worker_that_only_loads_makes_no_fleet_ready(client: FlaskClient, worker: FakeWorker) -> None:
+    worker.beat(state="loading", models_loaded=[])
+    assert client.get("/ready").status_code == 503
+
+
+def test_a_gpu_that_two_workers_share_counts_once(
+    broker: Broker, worker: FakeWorker, disk: DiskGuard, settings: Settings
+) -> None:
     worker.beat()
     FakeWorker(broker, name="w2").beat()
-    assert ops.look(broker, disk, 1.0).gpu_memory_used_mb == 1000
+    assert ops.look(broker, settings.catalogue(), disk, 1.0).gpu_memory_used_mb == 1000
 
 
 def test_health_without_redis_is_unhealthy(away: FlaskClient) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from common.broker import Broker
@@ -98,6 +99,31 @@ def test_a_slot_that_cannot_start_a_child_stops_neither_the_others_nor_the_reapi
     assert reaped == [1]
     monkeypatch.undo()
     end(watcher)
+
+
+def test_a_child_that_cannot_be_started_leaves_nothing_open(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    watcher = Supervisor(settings)
+    watcher.tick()
+    before = psutil.Process().num_fds()
+    for _ in range(3):
+        watcher.slots[0].restart_at = 0.0
+        watcher.tick()
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_death_that_a_task_explains_holds_nobody_up_for_long(watcher: Supervisor) -> None:
+    (slot,) = watcher.slots
+    for _ in range(6):
+        slot.restart_at = 0.0
+        watcher.tick()
+        assert slot.child is not None
+        slot.child.process.wait()
+        slot.child.heartbeat.busy([InHand("poison", 1, math.inf, "run_limit")])
+        watcher.tick()
+    assert slot.restart_at < time.monotonic() + 1.1
 
 
 def test_a_child_that_lived_long_starts_afresh(watcher: Supervisor) -> None:

@@ -45,6 +45,13 @@ def test_a_limit_passed_within_one_step_trips_for_the_tasks_concerned(limits: Se
     assert stall(reading(Stage.BUSY, 5, late, other), limits) == Stall("fuse", [late])
 
 
+def test_a_storage_that_hangs_ends_the_worker_and_blames_nobody(limits: Settings) -> None:
+    now = time.monotonic()
+    for since, found in ((now - 29, None), (now - 31, Stall("store_limit", blame=False))):
+        idle = Reading(stage=Stage.IDLE, since=now, device_mb=0, done=0, on_device=(), in_store=(), store_since=since)
+        assert stall(idle, limits) == found
+
+
 def test_a_worker_that_still_steps_stops_its_runs_itself(limits: Settings) -> None:
     late = InHand("late", 1, time.monotonic() - 3, "deadline")
     assert stall(reading(Stage.BUSY, 0.5, late), limits) is None
