@@ -50,7 +50,7 @@ load: .venv/.develops ## many clients against a fleet of simulated workers
 faults: export ZFLEET_FAULTS = long
 faults: export ZFLEET_FAULTS_REPORT = docs/reliability.md
 faults: export ZFLEET_FAULTS_COMMAND = make faults
-faults: .venv/.develops servers ## every fault in its long form, some 12 minutes; the table goes into docs/reliability.md
+faults: .venv/.develops servers ## every fault in its long form, some 8 minutes; the table goes into docs/reliability.md
 	@exec $(RUN) pytest -v -n 2 --dist loadfile tests/faults
 
 soak: .venv/.develops servers ## a fleet under steady load, in which nothing may grow: SOAK_MINUTES=10 MODEL=simulated

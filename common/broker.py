@@ -64,16 +64,17 @@ PAGE_READS = 20  # round trips that one page of tasks may cost
 class Broker:
     """One process's way to Redis. Safe to share between threads and greenlets."""
 
-    def __init__(self, settings: Settings, *, patience_s: float | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, patience_s: float | None = None, void: Callable[[str, int], None] | None = None
+    ) -> None:
         """Connects lazily. `patience_s` is how long a call tries before RedisUnavailable; one that is given `give_up`
-        tries for as long as that does not say so.
+        tries for as long as that does not say so. `void` is told of results that are void after all: see Promises.
         """
         self._settings = settings
         self._patience_s = settings.redis_patience_s if patience_s is None else patience_s
         self._timeout_s = settings.redis_timeout_s
-        self._promises = Promises(SCRIPTS)
-        url, heard = settings.redis_url, self._promises.connected
-        bell_s = BELL_WAIT_S + self._timeout_s
+        self._promises = Promises(SCRIPTS, void)
+        url, heard, bell_s = settings.redis_url, self._promises.connected, BELL_WAIT_S + self._timeout_s
         # Any: redis-py types every reply as possibly bytes or awaitable, which these clients never give
         self._redis: Any = connect(url, timeout_s=self._timeout_s, connected=heard)
         self._bell: Any = connect(url, timeout_s=bell_s, pool_size=BELL_POOL_SIZE, connected=heard)

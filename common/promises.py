@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from common.connection import NotYet, Script, Send, run_scripts
@@ -40,8 +40,10 @@ class Promise(NamedTuple):
 class Promises:
     """One broker's promises. Safe to share between threads and greenlets."""
 
-    def __init__(self, scripts: Mapping[str, Script]) -> None:
+    def __init__(self, scripts: Mapping[str, Script], void: Callable[[str, int], None] | None = None) -> None:
+        """`void` is called with the id and fence of a finish that was agreed to, forgotten, and came too late again."""
         self._scripts = scripts
+        self._void = void or (lambda _task_id, _fence: None)
         self._kept: deque[Promise] = deque(maxlen=MOST_KEPT)
         self._lock = threading.Lock()  # of what is kept
         self._telling = threading.RLock()  # held by the one thread that tells, which may have to connect for it
@@ -108,4 +110,7 @@ class Promises:
             renewed = (p._replace(at=now, history=history) if id(p) in told else p for p in self._kept)
             self._kept = deque(renewed, MOST_KEPT)
         answers = [reply[0] if isinstance(reply, list) else reply for reply in replies]
+        for promise, answer in zip(promises, answers, strict=True):
+            if promise.script == "finish" and answer == "lost":
+                self._void(str(promise.args[0]), int(promise.args[1]))
         return sum(answer == HEALED_BY.get(p.script, "") for p, answer in zip(promises, answers, strict=True))

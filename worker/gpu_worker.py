@@ -26,6 +26,7 @@ from common.errors import ConfigurationError, DeviceFailed, FleetError, RedisUna
 from common.records import Claimed
 from common.schemas import PRIORITIES, WorkerCard
 from common.settings import Settings
+from common.storage.base import discard_attempt
 from common.telemetry import configure, get_logger
 from worker import gpu
 from worker.commit import Committer
@@ -73,7 +74,8 @@ class GpuWorker(SimpleWorker):
         self.worker_ttl = int(settings.lease_s)
         self.vitals = heartbeat
         self.gpus = gpu.Watch([] if device == gpu.CPU else [int(device)], every_s=settings.beat_s).start()
-        self.broker = Broker(settings)
+        self.results = storage.open_storage(settings)
+        self.broker = Broker(settings, void=self._discard)
         self.residency = Residency(self.catalogue, device="cpu" if device == gpu.CPU else "cuda")
         self.engine = Engine(
             pipeline=self.residency.pipeline,
@@ -84,9 +86,7 @@ class GpuWorker(SimpleWorker):
             fence_after_s=settings.lease_s * 2 / 3,
             heartbeat=heartbeat,
         )
-        self.committer = Committer(
-            name, self.broker, storage.open_storage(settings), committed=self._committed, heartbeat=heartbeat
-        )
+        self.committer = Committer(name, self.broker, self.results, committed=self._committed, heartbeat=heartbeat)
         self.pulse = Pulse(
             name,
             Broker(settings),  # with connections of its own
@@ -250,6 +250,10 @@ class GpuWorker(SimpleWorker):
             if task.outcome == "succeeded":
                 self._images_done += task.claimed.request.n
                 self.vitals.has_done(self._images_done)
+
+    def _discard(self, task_id: str, fence: int) -> None:
+        with contextlib.suppress(FleetError):  # a sweep will find it
+            discard_attempt(self.results, self.name, task_id, fence)
 
     def _drain(self, feeder: threading.Thread) -> None:
         log.info("worker_draining", held=len(self._held))

@@ -5,6 +5,7 @@
 local id, fence, status = ARGV[1], ARGV[2], ARGV[3]
 local r = redis.call('HMGET', K.TASK .. id, 'status', 'fence', 'queue', 'steps', 'worker', 'model', 'priority', 'tenant')
 local now = now_ms()
+if ARGV[11] == 'again' and r[1] == status and redis.call('HGET', K.TASK .. id, 'images') == ARGV[4] then return 'already' end
 if ARGV[11] == 'again' and (r[1] == 'queued' or r[1] == 'running' and (r[2] ~= fence or r[5] ~= ARGV[10])) then
   -- clients may have seen that end: whoever stands in line for it, or runs it now, comes too late
   if r[1] == 'queued' then

@@ -19,7 +19,7 @@ from common.broker import Broker
 from common.connection import Command
 from common.errors import RedisUnavailable
 from common.records import Event, Hold, NewTask
-from common.schemas import TaskStatus
+from common.schemas import ImageRef, TaskStatus
 from common.settings import Settings
 from tests.conftest import resolved
 from tests.servers import RedisServer, eventually
@@ -323,3 +323,30 @@ def test_what_the_old_primary_still_took_is_told_to_the_new_one_on_every_way_to_
     assert told == [("heir", "task")]
     ours.connected("heir", server("heir"))
     assert told == [("heir", "task")]
+
+
+def test_a_result_that_comes_too_late_again_is_void_and_one_that_stands_is_not(
+    open_broker: Callable[..., Broker], server: RedisServer, settings: Settings
+) -> None:
+    void: list[tuple[str, int]] = []
+    there = settings.model_copy(update={"redis_url": server.url})
+    broker = Broker(there, patience_s=20.0, void=lambda task_id, fence: void.append((task_id, fence)))
+    late, stands = submit(broker, 2)
+    with forgotten(server):
+        for task_id in (late, stands):
+            (task,) = broker.claim("w1", "cpu", ["simulated"], 1).tasks
+            assert broker.finish("w1", Hold(task_id, task.fence), "succeeded", images=[image(task_id)]) == "ok"
+    other = open_broker()
+    (task,) = other.claim("w2", "cpu", ["simulated"], 1).tasks
+    assert (task.task_id, other.finish("w2", Hold(late, task.fence), "succeeded")) == (late, "ok")
+    assert status(broker, stands) is TaskStatus.SUCCEEDED
+    assert void == [(late, 1)]
+    server.kill()
+    server.start()  # and now it is told again what it did not forget
+    assert status(broker, stands) is TaskStatus.SUCCEEDED
+    assert (stands, 1) not in void
+    broker.close()
+
+
+def image(task_id: str) -> ImageRef:
+    return ImageRef(key=f"a/{task_id}/0.png", width=1, height=1, format="png", bytes=1, sha256="", seed=1)
