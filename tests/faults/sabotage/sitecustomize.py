@@ -6,21 +6,30 @@ Only where a test puts this folder on PYTHONPATH and names what to break in ZFLE
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from typing import Any
 
 
 def unfenced() -> None:
-    """Let any worker end any run: `finish` looks at neither fence, worker nor state, and no run is told it is lost."""
+    """Let any worker end any run: `finish` looks at neither fence, worker nor state, no run is told that it is lost,
+    and no worker drops a run of its own accord.
+    """
     from common import broker
+    from worker import engine
 
     source, _ = broker.SCRIPTS["finish"]
-    read, checks, rest = source.partition("if r[2] ~= fence")
-    _, now, write = rest.partition("local now = now_ms()\nredis.call('HSET'")
-    if not checks or not now:
-        raise RuntimeError("finish.lua has changed: its checks are not where they are taken out")
-    bare = read + now + write
+    checks = "local now = now_ms()\nif ARGV[11] == 'again'"
+    if checks not in source:
+        raise SystemExit("finish.lua has changed: its checks are not where they are fooled")
+    bare = source.replace(checks, "r[1], r[2], r[5] = 'running', fence, ARGV[10]\n" + checks)
     broker.SCRIPTS["finish"] = (bare, hashlib.sha1(bare.encode(), usedforsecurity=False).hexdigest())
+    honest_engine = engine.Engine.__init__
+
+    def trusting(self: engine.Engine, **options: Any) -> None:
+        honest_engine(self, **options | {"fence_after_s": math.inf})
+
+    engine.Engine.__init__ = trusting  # type: ignore[method-assign]
     honest_beat, honest_progress = broker.Broker.beat, broker.Broker.progress
 
     def beat(*args: Any) -> Any:
