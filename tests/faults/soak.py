@@ -12,6 +12,7 @@ day by contract, so they grow with the tasks and are not counted.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -114,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--model", choices=sorted(MIXES), default="simulated")
     options = parser.parse_args(argv)
+    if argv is None:  # as a program: SIGTERM ends the fleet as well, as Ctrl-C does
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     whole_s = options.minutes * 60
     mix, measure_s = MIXES[options.model]
     retention_s = max(SHORTEST_RETENTION_S, RETENTION * whole_s)
