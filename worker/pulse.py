@@ -84,8 +84,8 @@ class Pulse:
                     self._due = False
                     next_beat = time.monotonic() + self._beat_s
                     self._beat()
-            except RedisUnavailable:
-                log.warning("pulse_missed")
+            except RedisUnavailable as error:
+                log.warning("pulse_missed", reason=error.message)
             except Exception as error:  # the pulse must not stop while the worker lives
                 log.error("pulse_failed", error=type(error).__name__, exc_info=True)
             if not self._stopping:

@@ -62,9 +62,9 @@ class Reaper:
                 for task_id in self._broker.reconcile(RECONCILE_INTERVAL_S * 0.9):
                     log.warning("task_put_back", task_id=task_id)
             self._away = False
-        except RedisUnavailable:
+        except RedisUnavailable as error:
             if not self._away:
-                log.warning("redis_away")
+                log.warning("redis_away", reason=error.message)
             self._away = True
 
     def _take_back(self, burial: Burial) -> None:
