@@ -35,11 +35,7 @@ POOL_SIZE = 64  # connections; more callers than that wait for one
 
 # at the beginning, or where Redis 6 has it when a command inside a script was refused
 _BUSY = re.compile(r"(?:^|: -)(?:LOADING|MISCONF|MASTERDOWN|TRYAGAIN|BUSY|UNBLOCKED|OOM|READONLY|NOREPLICAS) ")
-
-_HISTORY = re.compile(r"master_replid:(\w+)")
-
-
-# those of them whose first word redis-py takes away
+# and those that redis-py knows by a class of their own, some of which it robs of their first word
 _PASSING = (
     redis.ConnectionError,
     redis.TimeoutError,
@@ -49,6 +45,7 @@ _PASSING = (
     redis.exceptions.TryAgainError,
     redis.exceptions.MasterDownError,
 )
+_HISTORY = re.compile(r"master_replid:(\w+)")
 
 
 class NotYet(redis.ConnectionError):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
@@ -31,7 +31,6 @@ class Child:
     pipe: int  # the child drains when it closes
     heartbeat: Heartbeat
     drift: Drift
-    started: float = field(default_factory=time.monotonic)
     ready_at: float | None = None
     leave_by: float | None = None  # set once it has been asked to drain
     recycled: bool = False  # it was asked to drain, to make room for a fresh one

@@ -39,8 +39,11 @@ IN_A_SCRIPT_OF_REDIS_6 = "Error running script (call to f_68): @user_script:1: @
 
 @pytest.mark.parametrize(
     "reply",
-    ["LOADING dataset", "READONLY replica", "MISCONF disk", "OOM command", "NOREPLICAS few", IN_A_SCRIPT_OF_REDIS_6],
-)
+    [
+        "LOADING dataset", "READONLY replica", "MISCONF disk", "OOM command", "NOREPLICAS few", "BUSY running a script",
+        IN_A_SCRIPT_OF_REDIS_6,
+    ],
+)  # fmt: skip
 def test_a_redis_that_refuses_for_now_is_tried_again(reply: str) -> None:
     error = redis.ReadOnlyError(reply) if reply.startswith("READONLY") else redis.ResponseError(reply)
     assert patiently(failing(1, error), patience_s=5, timeout_s=0.1) == "done"

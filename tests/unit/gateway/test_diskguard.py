@@ -118,6 +118,18 @@ def test_new_tasks_are_refused_until_there_is_room(client: FlaskClient, storage:
     assert client.post("/api/submit", json={"prompt": "x"}).status_code == 202
 
 
+def test_what_was_accepted_before_is_found_again_under_its_key(client: FlaskClient, storage: Disk) -> None:
+    def send(key: str) -> tuple[int, str]:
+        answer = client.post("/api/submit", json={"prompt": "x"}, headers={"Idempotency-Key": key})
+        body = answer.get_json(force=True)
+        return answer.status_code, body.get("task_id") or body["code"]
+
+    accepted = send("first")
+    storage.share = 0.93
+    assert send("first") == accepted
+    assert send("second") == (503, "storage_full")
+
+
 def test_health_and_readiness_say_so(client: FlaskClient, storage: Disk, worker: FakeWorker) -> None:
     client.post("/api/submit", json={"prompt": "x"})
     storage.share = 0.93

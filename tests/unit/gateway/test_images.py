@@ -86,6 +86,15 @@ def test_a_picture_that_was_swept_is_expired(client: FlaskClient, done: str, set
     assert code(client, f"/view/{done}/0.webp") == (410, "task_expired")
 
 
+def test_a_results_folder_that_is_not_there_is_no_swept_picture(
+    client: FlaskClient, done: str, settings: Settings
+) -> None:
+    settings.results_dir.rename(settings.results_dir.with_name("unmounted"))
+    assert code(client, f"/view/{done}/0.webp") == (503, "storage_error")
+    settings.results_dir.with_name("unmounted").rename(settings.results_dir)
+    assert client.get(f"/view/{done}/0.webp").status_code == 200
+
+
 def test_behind_nginx_it_sends_the_picture(settings: Settings, broker: Broker, done: str) -> None:
     client = create_app(settings.model_copy(update={"x_accel": "/_results/"}), broker).test_client()
     answer = client.get(f"/view/{done}/0.webp")

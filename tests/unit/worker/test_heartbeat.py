@@ -6,9 +6,9 @@ import math
 import os
 import subprocess
 import sys
-import threading
 import time
 
+from tests.servers import eventually
 from worker.heartbeat import Heartbeat, InHand, Stage, shared_file
 
 WRITER = """
@@ -18,6 +18,16 @@ heartbeat = Heartbeat(int(sys.argv[1]))
 heartbeat.holds_memory(1234)
 heartbeat.busy([InHand("a" * 64, 3, 5.5, "deadline"), InHand("b", 1, float("inf"), "run_limit")])
 os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+RESTLESS = """
+import sys
+from worker.heartbeat import Heartbeat, InHand, Stage
+heartbeat = Heartbeat(int(sys.argv[1]))
+entry = InHand("a", 1, float("inf"), "run_limit")
+while True:
+    heartbeat.busy([entry])
+    heartbeat.at(Stage.IDLE)
 """
 
 
@@ -49,23 +59,19 @@ def test_nothing_is_on_the_device_between_two_calls() -> None:
 
 
 def test_a_reader_never_sees_half_a_number() -> None:
-    heartbeat = Heartbeat()
-    entry = InHand("a", 1, math.inf, "run_limit")
-    done = threading.Event()
-
-    def write() -> None:
-        while not done.is_set():
-            heartbeat.busy([entry])
-            heartbeat.at(Stage.IDLE)
-
-    writer = threading.Thread(target=write)
-    writer.start()
+    """Not a thread: in one process the interpreter's lock would keep the two apart."""
+    shared = shared_file()
+    reader = Heartbeat(shared)
+    reader.at(Stage.STARTING)
+    writer = subprocess.Popen([sys.executable, "-c", RESTLESS, str(shared)], pass_fds=[shared])
+    os.close(shared)
     try:
-        standing = [heartbeat.standing_s() for _ in range(50_000)]
+        eventually(lambda: reader.read().stage is Stage.BUSY)
+        assert max(reader.standing_s() for _ in range(200_000)) < 5, "a call seemed to have begun long ago"
     finally:
-        done.set()
-        writer.join()
-    assert max(standing) < 5, "a call seemed to have begun long ago"
+        writer.kill()
+        writer.wait()
+        reader.close()
 
 
 def test_what_is_being_stored_is_told_apart_from_what_is_on_the_device() -> None:

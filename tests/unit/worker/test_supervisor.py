@@ -25,27 +25,27 @@ from worker.slot import RECYCLE, Slot
 from worker.supervisor import Supervisor, large_enough
 
 
-@pytest.fixture
-def watcher(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
-    """A supervisor whose children exit at once with code 1."""
+def replace_children(monkeypatch: pytest.MonkeyPatch, *command: str) -> None:
+    """Let the supervisor start this command in place of each worker."""
     real = subprocess.Popen
 
     def start(_command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        return real([sys.executable, "-c", "raise SystemExit(1)"], pass_fds=options["pass_fds"])  # type: ignore[call-overload,no-any-return]
+        return real(command, pass_fds=options["pass_fds"])  # type: ignore[call-overload,no-any-return]
 
     monkeypatch.setattr(slots.subprocess, "Popen", start)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def watcher(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    """A supervisor whose children exit at once with code 1."""
+    replace_children(monkeypatch, sys.executable, "-c", "raise SystemExit(1)")
     return Supervisor(settings)
 
 
 @pytest.fixture
 def sleeping_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children that do nothing until SIGTERM."""
-    real = subprocess.Popen
-
-    def start(_command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        return real(["sleep", "60"], pass_fds=options["pass_fds"])  # type: ignore[call-overload,no-any-return]
-
-    monkeypatch.setattr(slots.subprocess, "Popen", start)  # type: ignore[attr-defined]
+    replace_children(monkeypatch, "sleep", "60")
 
 
 def crash(watcher: Supervisor, slot: Slot) -> float:
@@ -64,17 +64,24 @@ def test_the_first_restart_is_immediate_and_a_crash_loop_backs_off_to_thirty_sec
     assert [crash(watcher, slot) for _ in range(8)] == [0, 1, 2, 4, 8, 16, 30, 30]
 
 
-def test_a_child_that_dies_late_in_loading_still_backs_off(watcher: Supervisor) -> None:
+@pytest.mark.parametrize(("stage", "waits"), [(Stage.LOADING, True), (Stage.IDLE, False)])
+def test_time_spent_in_loading_is_no_proof_that_a_worker_can_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, sleeping_children: None, stage: Stage, waits: bool
+) -> None:
+    monkeypatch.setattr(supervisor, "STEADY_S", 0.05)
+    watcher = Supervisor(settings)
     (slot,) = watcher.slots
     for _ in range(3):
-        crash(watcher, slot)
-    slot.restart_at = 0.0
-    watcher.tick()
-    assert slot.child is not None
-    slot.child.process.wait()
-    slot.child.started -= 600
-    watcher.tick()
-    assert slot.restart_at > time.monotonic() + 3
+        slot.restart_at = 0.0
+        watcher.tick()
+        assert slot.child is not None
+        slot.child.heartbeat.at(stage)
+        watcher.tick()
+        time.sleep(0.1)
+        slot.child.process.kill()
+        slot.child.process.wait()
+        watcher.tick()
+    assert (slot.restart_at > time.monotonic() + 1) == waits
 
 
 def test_a_slot_that_cannot_start_a_child_stops_neither_the_others_nor_the_reaping(
@@ -212,7 +219,9 @@ def test_a_lost_gpu_is_reported_and_waited_for(
 def test_the_cpu_stands_in_for_a_lost_gpu_where_the_setting_says_so(
     gpus: dict[str, int], settings: Settings, sleeping_children: None
 ) -> None:
-    watcher = Supervisor(settings.model_copy(update={"devices": "0", "gpu_lost": "cpu"}))
+    """And is not held to limits that only a GPU can keep."""
+    changes = {"devices": "0", "gpu_lost": "cpu", "step_limit_s": 0.05}
+    watcher = Supervisor(settings.model_copy(update=changes))
     watcher.tick()
     (slot,) = watcher.slots
     for there, device in ((False, "cpu"), (True, "0")):
@@ -227,6 +236,11 @@ def test_the_cpu_stands_in_for_a_lost_gpu_where_the_setting_says_so(
         watcher.tick()
         assert slot.child is not None
         assert slot.child.device == device
+        slot.child.heartbeat.busy([])
+        time.sleep(0.1)
+        watcher.tick()
+        assert slot.child is not None
+        assert slot.child.buried == (device != "cpu")
     end(watcher)
 
 
@@ -252,9 +266,10 @@ def test_memory_that_drifts_recycles_the_child_with_no_back_off(settings: Settin
     child = slot.child
     assert child is not None
     child.heartbeat.at(Stage.IDLE)
-    until = time.monotonic() + 5
+    began = time.monotonic()
+    until = began + 5
     while child.process.poll() is None and time.monotonic() < until:
-        child.heartbeat.holds_memory(int(1000 * (time.monotonic() - child.started)))
+        child.heartbeat.holds_memory(int(1000 * (time.monotonic() - began)))
         watcher._next_look = 0.0
         watcher.tick()
         time.sleep(0.01)
@@ -293,17 +308,12 @@ def test_who_is_suspected_of_a_death(
 
 
 def test_a_child_whose_main_thread_is_gone_is_noticed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = subprocess.Popen
     half_dead = (
         "import ctypes, threading, time\n"
         "threading.Thread(target=time.sleep, args=(60,)).start()\n"
         "ctypes.CDLL(None).pthread_exit(None)"
     )
-
-    def start(_command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        return real([sys.executable, "-c", half_dead], pass_fds=options["pass_fds"])  # type: ignore[call-overload,no-any-return]
-
-    monkeypatch.setattr(slots.subprocess, "Popen", start)  # type: ignore[attr-defined]
+    replace_children(monkeypatch, sys.executable, "-c", half_dead)
     watcher = Supervisor(settings)
     watcher.tick()
     (slot,) = watcher.slots
@@ -314,7 +324,6 @@ def test_a_child_whose_main_thread_is_gone_is_noticed(settings: Settings, monkey
     watcher._next_look = 0.0
     watcher.tick()
     assert (child.process.poll(), child.buried) == (-signal.SIGKILL, True)
-    monkeypatch.setattr(slots.subprocess, "Popen", real)
     end(watcher)
 
 
