@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +15,7 @@ from common.errors import ConfigurationError, UnknownModel
 SIZE_MULTIPLE = 16  # pixels: the VAE's factor 8 times the transformer's patch of 2
 
 Option = str | int | float | bool
+Mode = Literal["text", "image", "inpaint", "control", "edit"]  # what a picture may be made from, beside a prompt
 
 
 class ModelSpec(BaseModel):
@@ -27,10 +29,18 @@ class ModelSpec(BaseModel):
     pipeline: str = Field(default="zimage", description="a module of worker/pipelines")
     dtype: str = Field(default="bfloat16", description="weights on a GPU; a CPU always computes in float32")
 
+    modes: tuple[Mode, ...] = Field(
+        default=("text",), description="what it can make a picture from, beside text: image, inpaint, control, edit"
+    )
+    controlnet: str | None = Field(default=None, description="a folder or hub id of its ControlNet; for mode control")
+    controlnet_revision: str | None = Field(default=None, description="the hub revision to pin")
+
     width: int = 1024
     height: int = 1024
     steps: int = 8
     guidance_scale: float = 0.0
+    cfg_normalization: float = Field(default=0.0, ge=0, description="0: none; else how much longer guidance may make v")
+    cfg_truncation: float = Field(default=1.0, ge=0, le=1, description="no guidance where 1 - sigma is above this")
 
     min_side: int = Field(default=256, description="pixels")
     max_side: int = Field(default=2048, description="pixels")
@@ -50,10 +60,17 @@ class ModelSpec(BaseModel):
 Z_IMAGE_MB = 21_000
 
 BUILT_IN: tuple[ModelSpec, ...] = (
-    ModelSpec(name="turbo", source="Tongyi-MAI/Z-Image-Turbo", run_limit_s=8.0, memory_mb=Z_IMAGE_MB),
+    ModelSpec(
+        name="turbo",
+        source="Tongyi-MAI/Z-Image-Turbo",
+        modes=("text", "image", "inpaint"),
+        run_limit_s=8.0,
+        memory_mb=Z_IMAGE_MB,
+    ),
     ModelSpec(
         name="base",
         source="Tongyi-MAI/Z-Image",
+        modes=("text", "image", "inpaint"),
         steps=50,
         guidance_scale=4.0,
         max_steps=100,
@@ -64,6 +81,7 @@ BUILT_IN: tuple[ModelSpec, ...] = (
         name="pico",
         source="builtin",
         dtype="float32",
+        modes=("text", "image", "inpaint"),
         width=128,
         height=128,
         min_side=64,
@@ -76,6 +94,7 @@ BUILT_IN: tuple[ModelSpec, ...] = (
         name="simulated",
         source="builtin",
         pipeline="simulated",
+        modes=("text", "image", "inpaint", "control", "edit"),
         width=64,
         height=64,
         min_side=16,

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 PROMPT_MAX_CHARS = 16_000
 SEED_MAX = 2**53 - 1  # the largest integer that every JSON client reads back unchanged
 METADATA_MAX_ENTRIES = 16
+PICTURE_MAX_CHARS = 64 * 1024 * 1024
+LORAS_MAX = 4  # of one task
+REFERENCES_MAX = 4  # pictures that an edit may look at
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")  # served in this order
@@ -62,6 +65,17 @@ MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
+# A handle of POST /api/images, or a picture itself: base64 of a PNG, JPEG or WebP file, or a data: URL of one
+Picture = Annotated[str, StringConstraints(min_length=1, max_length=PICTURE_MAX_CHARS)]
+
+
+class LoraChoice(Stored):
+    """A LoRA to paint with: the name of its file in ZFLEET_LORA_DIR without the ending, and how strongly it counts."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    scale: float = Field(default=1.0, ge=-4, le=4, allow_inf_nan=False)
+
+
 class GenerateRequest(Wire):
     """What a client asks for. Every field but the prompt may be left to the model's defaults."""
 
@@ -74,6 +88,24 @@ class GenerateRequest(Wire):
     height: int | None = Field(default=None, description="Pixels, a multiple of 16 within the model's limits.")
     steps: int | None = Field(default=None, ge=1, description="Denoising steps, within the model's limit.")
     guidance_scale: float | None = Field(default=None, ge=0, le=20, allow_inf_nan=False)
+    cfg_normalization: float | None = Field(
+        default=None, ge=0, le=10, allow_inf_nan=False, description="How far guidance may lengthen a step; 0: freely."
+    )
+    cfg_truncation: float | None = Field(
+        default=None, ge=0, le=1, allow_inf_nan=False, description="Guidance ends once 1 - sigma is above this."
+    )
+    init_image: Picture | None = Field(default=None, description="The picture to start from; see /api/images.")
+    strength: float | None = Field(
+        default=None, gt=0, le=1, allow_inf_nan=False, description="How much of init_image is painted over."
+    )
+    mask_image: Picture | None = Field(default=None, description="Where to paint over init_image: white.")
+    control_image: Picture | None = Field(default=None, description="What the model's ControlNet looks at.")
+    control_scale: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    reference_images: list[Picture] = Field(
+        default_factory=list, max_length=REFERENCES_MAX, description="Pictures that the prompt says how to edit."
+    )
+    loras: list[LoraChoice] = Field(default_factory=list, max_length=LORAS_MAX)
+    preview: bool = Field(default=False, description="Whether the status shows a small picture while it is painted.")
     seed: int | None = Field(default=None, ge=0, le=SEED_MAX, description="The same seed gives the same picture.")
     n: int = Field(default=1, ge=1, description="Pictures, with seeds seed, seed+1, …")
     format: ImageFormat = "webp"
@@ -108,6 +140,16 @@ class ResolvedRequest(Stored):
     height: int
     steps: int
     guidance_scale: float
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
+    init_image: str | None = None  # this and the other pictures: handles, see common/inputs.py
+    strength: float = 1.0
+    mask_image: str | None = None
+    control_image: str | None = None
+    control_scale: float = 0.0
+    reference_images: Sequence[str] = ()
+    loras: Sequence[LoraChoice] = ()
+    preview: bool = False
     seed: int
     n: int
     format: ImageFormat
@@ -292,6 +334,11 @@ class WorkerCard(Stored):
     gpu: GpuReading | None = None
     models: Sequence[str]
     models_loaded: Sequence[str]
+    max_pixels: Mapping[str, int] = Field(
+        default_factory=dict, description="Width x height of the largest picture it has memory for, by model."
+    )
+    loras: Sequence[str] = Field(default=(), description="The LoRAs in its folder.")
+    counters: Mapping[str, float] = Field(default_factory=dict, description="What it has counted since it started.")
     capacity: int = Field(description="Runs it can advance together.")
     running: Sequence[str] = Field(description="Ids of the tasks it holds.")
     images_done: int
@@ -329,21 +376,3 @@ class Health(Wire):
     pending_tasks: int
     models_loaded: Sequence[str]
     workers: int
-
-
-class ProblemField(Wire):
-    """One refused field."""
-
-    loc: str
-    msg: str
-
-
-class Problem(Wire):
-    """Every error's body, as RFC 9457 has it."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    errors: Sequence[ProblemField] = ()

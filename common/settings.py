@@ -51,6 +51,26 @@ class Settings(BaseSettings):
     disk_pause_percent: float = Field(90.0, gt=0, le=100, description="no new tasks while the results' disk is as full")
     disk_resume_percent: float = Field(85.0, ge=0, description="new tasks again once it is less full than this")
 
+    input_max_pixels: int = Field(
+        16 * 1024 * 1024, ge=256, description="a picture sent by a client may have as many, by its header"
+    )
+    lora_dir: Path | None = Field(None, description="a folder of LoRAs, <name>.safetensors, that tasks may name")
+    prewarm: Names | None = Field(
+        None, description="models loaded at start, and kept when idle; unset: the first of ZFLEET_MODELS"
+    )
+    max_resident: int | None = Field(None, ge=1, description="models that stay in memory; unset: as many as fit")
+    idle_unload_s: float = Field(600.0, gt=0, description="a model not used this long leaves memory")
+    resident_wait_s: float = Field(
+        20.0, ge=0, description="a task may wait this long behind tasks whose model is in memory already"
+    )
+    warm_sizes: Names = Field((), description="sizes warmed up before a worker is ready, as 1024x1024,512x512")
+    tile_above: int = Field(1024 * 1024, ge=64 * 64, description="pixels; larger pictures are decoded in tiles")
+    embeds_cache_mb: int = Field(256, ge=0, description="memory for encoded prompts")
+    offload: Literal["auto", "none", "encoders", "all"] = Field(
+        "auto", description="what waits in the machine's memory until it is used; auto: as little as the GPU allows"
+    )
+    memory_limit_mb: int | None = Field(None, ge=1, description="device memory a worker may use; unset: all of it")
+
     devices: str = Field("all", description="GPUs by index (0,1), `all`, or `cpu`")
     workers_per_device: int = Field(1, ge=1, description="more than one only makes sense for the simulated model")
     max_batch: int | None = Field(
@@ -73,7 +93,7 @@ class Settings(BaseSettings):
     simulated_image_ms: float = Field(320.0, gt=0, description="what one picture costs the simulated model")
     simulated_load_ms: float = Field(0.0, ge=0)
 
-    @field_validator("models", "dialects", mode="before")
+    @field_validator("models", "dialects", "prewarm", "warm_sizes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -94,7 +114,7 @@ class Settings(BaseSettings):
             raise ValueError(f"must be below ZFLEET_DISK_PAUSE_PERCENT ({pause:g})")
         return resume
 
-    @field_validator("data_dir", "log_dir", "models_file")
+    @field_validator("data_dir", "log_dir", "models_file", "lora_dir")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path else None

@@ -8,7 +8,7 @@ from flask_openapi3.openapi import OpenAPI
 from common import registry
 from common.broker import Broker
 from common.errors import ConfigurationError
-from common.schemas import Problem
+from common.problem import Problem
 from common.settings import Settings
 from common.storage import open_storage
 from gateway import dialects, docs, images, ops, problems

@@ -28,7 +28,7 @@ from common.errors import (
     UnknownTask,
     UnsupportedMediaType,
 )
-from common.schemas import Problem, ProblemField
+from common.problem import Problem, ProblemField
 from gateway import requestlog
 
 MEDIA_TYPE = "application/problem+json"

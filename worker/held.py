@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,11 +31,13 @@ class HeldTask:
     outcome: Outcome | None = None
     stored: bool = False  # nothing of it is left to be encoded or stored
     error: TaskError | None = None
+    inputs: Mapping[str, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)  # by field: the pictures it is from
     pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by picture, (height, width, 3)
     fuses: dict[int, float] = field(default_factory=dict)  # by picture that is being made: when it must be stopped
     warnings: list[str] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # of the pictures begun; what they held on the device may be gone
     began: float | None = None  # time.perf_counter when its first picture was started
+    load_s: float = 0.0  # that it waited for its model to be loaded
     encode_s: float = 0.0
     decode_s: float = 0.0
     busy_s: float = 0.0  # from `began` to its outcome
@@ -52,8 +55,8 @@ class HeldTask:
 
     @property
     def denoise_s(self) -> float:
-        """Seconds it was busy with neither encoding nor decoding."""
-        return max(0.0, self.busy_s - self.encode_s - self.decode_s)
+        """Seconds it was busy with neither loading, encoding nor decoding."""
+        return max(0.0, self.busy_s - self.load_s - self.encode_s - self.decode_s)
 
     @property
     def stop(self) -> tuple[float, Cause]:

@@ -16,10 +16,10 @@ import requests
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from common.errors import ClientError, ConfigurationError, FieldError
+from common.problem import Problem
 from common.schemas import (
     Health,
     ModelView,
-    Problem,
     QueueDepth,
     SubmitAnswer,
     TaskPage,

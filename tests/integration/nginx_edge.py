@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import requests
 
-from common.schemas import Problem
+from common.problem import Problem
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parent.parent / "deploy" / "nginx" / "render.py"

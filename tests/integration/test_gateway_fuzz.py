@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.broker import Broker
-from common.schemas import GenerateRequest, Problem, SubmitAnswer
+from common.problem import Problem
+from common.schemas import GenerateRequest, SubmitAnswer
 from common.settings import Settings
 from gateway.app import create_app
 

@@ -7,18 +7,43 @@ folder with a class `Pipeline` that fulfils this contract; `tests/contract/test_
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.models import ModelSpec
 
+MIB = 1 << 20
+
+
+class Lora(NamedTuple):
+    """A LoRA's safetensors file, and how strongly it counts."""
+
+    path: Path
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """What an operator may choose about how a pipeline uses its device."""
+
+    tile_above: int = 1024 * 1024  # pixels; a larger picture is decoded in tiles
+    embeds_bytes: int = 256 * MIB  # kept of encoded prompts
+    offload: Literal["auto", "none", "encoders", "all"] = "auto"  # what waits in the machine's memory until it is used
+    memory_bytes: int | None = None  # of the device that this worker may use; None: all of it
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRequest:
-    """One picture to make: every value is set and within the model's limits."""
+    """One picture to make: every value is set and within the model's limits.
+
+    Pictures to start from are uint8 arrays of its own size: (height, width, 3), the mask (height, width), white where
+    to paint. Reference pictures have sizes of their own.
+    """
 
     prompt: str
     negative_prompt: str | None = None
@@ -26,7 +51,16 @@ class ImageRequest:
     height: int
     steps: int
     guidance_scale: float
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
     seed: int
+    init_image: NDArray[np.uint8] | None = field(default=None, compare=False)
+    strength: float = 1.0
+    mask_image: NDArray[np.uint8] | None = field(default=None, compare=False)
+    control_image: NDArray[np.uint8] | None = field(default=None, compare=False)
+    control_scale: float = 0.0
+    reference_images: tuple[NDArray[np.uint8], ...] = field(default=(), compare=False)
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,13 +68,16 @@ class Run:
     """A picture in the making. Pipelines subclass it to hold their tensors."""
 
     request: ImageRequest
-    step: int = 0  # denoising steps done
+    step: int = 0  # denoising steps done, or left out since the picture starts from another one
     warnings: list[str] = field(default_factory=list)  # told to the client, in plain words
 
     @property
     def done(self) -> bool:
         """Whether every step is done and only `finish` is left."""
         return self.step >= self.request.steps
+
+
+DEFAULT_TUNING = Tuning()
 
 
 class BasePipeline(abc.ABC):
@@ -50,10 +87,11 @@ class BasePipeline(abc.ABC):
     made; the engine then ends the runs concerned and goes on with the others.
     """
 
-    def __init__(self, spec: ModelSpec, *, device: str) -> None:
+    def __init__(self, spec: ModelSpec, *, device: str, tuning: Tuning = DEFAULT_TUNING) -> None:
         """`device` is "cpu" or "cuda"."""
         self.spec = spec
         self.device = device
+        self.tuning = tuning
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -71,11 +109,44 @@ class BasePipeline(abc.ABC):
     def finish(self, run: Run) -> NDArray[np.uint8]:
         """Decode a run that is done into an array of shape (height, width, 3)."""
 
+    def batch_key(self, run: Run) -> Hashable:
+        """Return what two runs must share to share a step."""
+        return None
+
+    def preview(self, run: Run) -> NDArray[np.uint8] | None:
+        """Return a small picture, (height, width, 3), of what the run is going to show; None where it cannot tell.
+
+        Cheap: nothing is decoded.
+        """
+        return None
+
     def discard(self, run: Run) -> None:
         """Drop what the run holds on the device. Safe to call twice, and on a run that was stopped early."""
 
     def release_memory(self) -> None:
         """Give memory that no run uses any more back to the device."""
+
+    def unload(self) -> int:
+        """Let go of the model, for good; return how many bytes of its weights are still held by somebody."""
+        return 0
+
+    def weight_bytes(self) -> int:
+        """Return how many bytes the model's weights take on the device."""
+        return 0
+
+    def allocated_bytes(self) -> int:
+        """Return the device memory in live tensors of this process; 0 where the device does not say."""
+        return 0
+
+    def peak_bytes(self, requests: Sequence[ImageRequest]) -> int:
+        """Return an estimate, from above, of the device memory that these pictures take beside the weights while they
+        are made together.
+        """
+        return 0
+
+    def counters(self) -> Mapping[str, float]:
+        """Return what the pipeline has counted since it was loaded, by metric name."""
+        return {}
 
     def memory_used_mb(self) -> int:
         """Device memory this pipeline holds, in MiB; 0 where the device does not say."""

@@ -10,7 +10,8 @@ from structlog.testing import capture_logs
 
 from common import errors
 from common.errors import FleetError, InvalidRequest, QueueFull, RedisUnavailable, UnknownTask
-from common.schemas import GenerateRequest, Problem
+from common.problem import Problem
+from common.schemas import GenerateRequest
 from gateway import problems
 from gateway.requestlog import RequestLog
 

@@ -20,6 +20,7 @@ from common.models import BUILT_IN, ModelSpec
 from worker import pico
 from worker.pipelines.base import ImageRequest, Run
 from worker.pipelines.zimage import Pipeline
+from worker.zimage.schedule import schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,7 +155,7 @@ def test_finish_rounds_the_float_picture(pipeline: Pipeline) -> None:
 
 
 def test_eight_steps_are_the_official_schedule(pipeline: Pipeline) -> None:
-    sigmas, times = pipeline._schedule(ask(steps=8))
+    sigmas, times = schedule(pipeline._parts.scheduler, width=64, height=64, steps=8)
     expected = [1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3, 0]
     np.testing.assert_allclose(sigmas.numpy(), expected, atol=1e-4)
     np.testing.assert_allclose(times.numpy(), 1 - sigmas.numpy()[:-1], atol=1e-6)

@@ -1,0 +1,1 @@
+"""Z-Image in parts: what pipelines/zimage.py is made of. Knows tensors, and neither queues nor storage."""
