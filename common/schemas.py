@@ -147,8 +147,8 @@ class ResolvedRequest(Stored):
     mask_image: str | None = None
     control_image: str | None = None
     control_scale: float = 0.0
-    reference_images: Sequence[str] = ()
-    loras: Sequence[LoraChoice] = ()
+    reference_images: tuple[str, ...] = ()
+    loras: tuple[LoraChoice, ...] = ()
     preview: bool = False
     seed: int
     n: int
