@@ -26,6 +26,7 @@ Command: TypeAlias = Sequence[str | float]
 Send: TypeAlias = Callable[[Sequence[Command]], tuple[list[Any], str]]  # as `exchange` does
 Connected: TypeAlias = Callable[[str, Send], None]
 
+FOREVER = float("inf")  # a patience
 FIRST_WAIT_MS = 25  # between the first two tries; doubles from there
 LONGEST_WAIT_MS = 1_000
 RESUBSCRIBE_WAIT_S = 0.1

@@ -1,4 +1,5 @@
-"""Every Redis key, channel, queue name and time-to-live, each with its one writer. Only broker.py imports this.
+"""Every Redis key, channel, queue name and time-to-live, each with its one writer. Only broker.py and fleetview.py,
+its part that looks, import this.
 
 `rq:` keys are RQ's own formats, so that its tools show and steer this fleet; `zf:` keys are ours.
 """

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
-from common.broker import FOREVER, Broker
+from common.broker import Broker
+from common.connection import FOREVER
 from common.errors import FleetError
 from common.schemas import ImageRef, StageTimings, TaskError
 from common.storage.base import BaseStorage, attempt_folder

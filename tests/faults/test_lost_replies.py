@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from common.broker import SCRIPTS, Broker
+from common.broker import Broker
+from common.fleetview import SCRIPTS
 from common.schemas import TaskStatus
 from common.settings import Settings
 from tests.faults.conftest import NoteFn

