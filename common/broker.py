@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 import redis
@@ -27,6 +27,7 @@ from common.schemas import ImageRef, StageTimings, TaskError, WorkerCard
 REAP_BATCH = 100
 REAP_GAP_S = 3.0  # some supervisor looks every second; a gap this long was an outage
 RECONCILE_GRACE_S = 5.0
+LONGEST_BOUND_S = 1e9  # a script cannot read infinity
 
 
 class Broker(FleetView):
@@ -72,17 +73,25 @@ class Broker(FleetView):
         models: Sequence[str],
         room: int,
         *,
+        resident: Collection[str] | None = None,
+        bound_s: float = math.inf,
+        busy: bool = False,
         give_up: Callable[[], bool] | None = None,
     ) -> Claim:
         """Take tasks of these models until `room` pictures are reached.
 
-        A reply that got lost is asked for again, not claimed anew; so a worker should rather be patient than call
-        twice. A task whose record cannot be read fails alone.
+        Among tasks of equal priority those whose model is `resident` (None: all are) go first, unless another's has
+        waited for `bound_s`; a worker that is `busy` takes no other ones before. A reply that got lost is asked for
+        again, not claimed anew; so a worker should rather be patient than call twice. A task whose record cannot be
+        read fails alone.
         """
         token = secrets.token_hex(8)
         lease_ms = int(self._settings.lease_s * 1000)
+        there = [model for model in models if resident is None or model in resident]
+        order = there + [model for model in models if model not in there]
         reply = self._run(
-            "claim", worker, gpu, token, room, lease_ms, self._retention_ms, *models,
+            "claim", worker, gpu, token, room, lease_ms, self._retention_ms, min(bound_s, LONGEST_BOUND_S) * 1000,
+            int(busy), len(there), *order,
             give_up=give_up,
         )  # fmt: skip
         tasks = []
@@ -95,13 +104,13 @@ class Broker(FleetView):
                     self.finish(worker, Hold(row[0], row[1]), "failed", error=error)
         return Claim(tasks, reply[0] == "suspended")
 
-    def wait(self, models: Sequence[str]) -> bool:
+    def wait(self, models: Sequence[str], timeout_s: float = BELL_WAIT_S) -> bool:
         """Block until the bell rings for one of these models, a second at most; return whether it rang.
 
         Unlike the other calls this one does not retry: it raises RedisUnavailable at once, and the caller loops anyway.
         """
         try:
-            return self._bell.blpop([keys.BELL + model for model in models], timeout=BELL_WAIT_S) is not None
+            return self._bell.blpop([keys.BELL + model for model in models], timeout=timeout_s) is not None
         except redis.RedisError as error:
             if transient(error):
                 raise RedisUnavailable("Redis went away while waiting for work") from error

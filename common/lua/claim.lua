@@ -1,9 +1,21 @@
--- Takes tasks for a worker until `room` pictures are reached: priority first, then fair share among tenants, then FIFO.
--- A task leaves its queue, gets its fence and its lease in one go: there is no in-between in which it could be lost.
--- ARGV: worker, gpu, token (new for each claim, the same when re-sent), room, lease_ms, retention_ms, model …
+-- Takes tasks for a worker until `room` pictures are reached: priority first, then by model, then fair share among tenants,
+-- then FIFO. A task leaves its queue, gets its fence and its lease in one go: there is no in-between to be lost in.
+-- Models of one priority: first those that would have to be loaded and whose oldest task has waited past the bound, then
+-- those in memory, then, if the worker holds nothing, the others; always the one with the oldest task. A claim takes tasks
+-- of one model at most that has to be loaded, and none of a lower priority than what it left standing.
+-- ARGV: worker, gpu, token (new for each claim, the same when re-sent), room, lease_ms, retention_ms, bound_ms,
+--       busy (1|0: whether the worker holds tasks), number of models in memory, model … (those in memory first)
 -- Returns {'suspended'|'ok', {id, fence, queue, queued_ms, deadline_in_ms, request, request_id, alone (1|0)} …}
 local worker, gpu, token, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local lease_ms, retention_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
+local bound_ms, busy = tonumber(ARGV[7]), ARGV[8] == '1'
+local models, resident = {}, {}
+for m = 10, #ARGV do
+  models[m - 9] = ARGV[m]
+  resident[ARGV[m]] = m - 9 <= tonumber(ARGV[9])
+end
+local PRIORITIES = {'high', 'normal', 'low'}
+local MOST_TENANTS = 64 -- that are looked at for the oldest task of a line
 local now = now_ms()
 
 local function describe(id, fence)
@@ -72,32 +84,87 @@ local function next_task(queue)
 end
 
 local answer, runs = {'ok'}, {}
-local left = {}
-for _, priority in ipairs({'high', 'normal', 'low'}) do
-  for m = 7, #ARGV do
-    local line = ARGV[m] .. '.' .. priority
-    while room > 0 do
-      local first = redis.call('ZRANGE', K.READY .. line, 0, 0, 'WITHSCORES')
-      if #first == 0 then break end
-      local tenant, start = first[1], tonumber(first[2])
-      local queue = line .. '.' .. tenant
-      local id, cost, pictures = next_task(queue)
-      if id then
-        -- start-time fair queueing with equal shares: a tenant's next start is this one's virtual finish
-        redis.call('HSET', K.CLOCK, line, start)
-        redis.call('HSET', K.TAGS .. line, tenant, start + cost)
-        redis.call('ZADD', K.READY .. line, start + cost, tenant)
-        local fence = take(id, queue)
-        room = room - pictures
-        runs[#runs + 1] = {id, fence}
-        answer[#answer + 1] = describe(id, fence)
-      end
-      if redis.call('LLEN', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. line, tenant) end
+
+-- Takes the next task of a line; returns whether the line may have more.
+local function serve(line)
+  local first = redis.call('ZRANGE', K.READY .. line, 0, 0, 'WITHSCORES')
+  if #first == 0 then return false end
+  local tenant, start = first[1], tonumber(first[2])
+  local queue = line .. '.' .. tenant
+  local id, cost, pictures = next_task(queue)
+  if id then
+    -- start-time fair queueing with equal shares: a tenant's next start is this one's virtual finish
+    redis.call('HSET', K.CLOCK, line, start)
+    redis.call('HSET', K.TAGS .. line, tenant, start + cost)
+    redis.call('ZADD', K.READY .. line, start + cost, tenant)
+    local fence = take(id, queue)
+    room = room - pictures
+    runs[#runs + 1] = {id, fence}
+    answer[#answer + 1] = describe(id, fence)
+  end
+  if redis.call('LLEN', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. line, tenant) end
+  return true
+end
+
+-- When the oldest task of a line was submitted; nil for an empty line. With one model there is nothing to compare.
+local function oldest(line)
+  if #models == 1 then return now end
+  local tenants = redis.call('ZRANGE', K.READY .. line, 0, MOST_TENANTS - 1)
+  local since = #tenants > 0 and now or nil
+  for _, tenant in ipairs(tenants) do
+    local id = redis.call('LINDEX', K.RQ_QUEUE .. line .. '.' .. tenant, 0)
+    local created = id and redis.call('HGET', K.TASK .. id, 'created_at')
+    if created then since = math.min(since, created) end
+  end
+  return since
+end
+
+local to_load -- the model that the worker has to load for what it was given
+
+local function rank(model, since)
+  if to_load then return model == to_load and 1 or nil end
+  if resident[model] then return 2 end
+  if now - since > bound_ms then return 1 end
+  return not busy and 3 or nil
+end
+
+-- The model to take from next, by when the oldest task of each was submitted; nil if all are left for later.
+local function choose(since)
+  local best, best_rank
+  for _, model in ipairs(models) do
+    local own = since[model] and rank(model, since[model])
+    if own and (not best or own < best_rank or own == best_rank and since[model] < since[best]) then
+      best, best_rank = model, own
     end
-    if redis.call('EXISTS', K.READY .. line) == 1 then left[ARGV[m]] = true end
+  end
+  return best
+end
+
+local left = false
+for _, priority in ipairs(PRIORITIES) do
+  local since = {}
+  for _, model in ipairs(models) do since[model] = oldest(model .. '.' .. priority) end
+  local model = choose(since)
+  while room > 0 and model do
+    local line, before = model .. '.' .. priority, #runs
+    since[model] = serve(line) and oldest(line) or nil
+    if #runs > before then
+      busy = true
+      if not resident[model] then to_load = model end
+    end
+    model = choose(since)
+  end
+  left = room <= 0 or next(since) ~= nil
+  if left then break end
+end
+for _, model in ipairs(left and models or {}) do
+  for _, priority in ipairs(PRIORITIES) do
+    if redis.call('EXISTS', K.READY .. model .. '.' .. priority) == 1 then
+      ring(model)
+      break
+    end
   end
 end
-for model in pairs(left) do ring(model) end
 if #runs > 0 then
   redis.call('SET', K.CLAIM .. worker, cjson.encode({token = token, runs = runs}), 'EX', K.CLAIM_TTL_S)
   if redis.call('EXISTS', K.RQ_WORKER .. worker) == 1 then

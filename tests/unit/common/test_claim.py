@@ -1,0 +1,154 @@
+"""Which model's tasks a worker is given when it serves several and not all of them are in memory."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from common import keys
+from common.broker import Broker
+from common.records import Hold
+from tests.conftest import SubmitFn
+from tests.servers import RedisServer
+
+MODELS = ("pico", "turbo", "base")
+Age = Callable[[str, float], None]
+
+
+@pytest.fixture
+def age(redis_server: RedisServer) -> Age:
+    """Let a task have been submitted so many seconds ago."""
+
+    def make_older(task_id: str, seconds: float) -> None:
+        created = int(redis_server.client.hget(keys.TASK + task_id, "created_at") or 0)
+        redis_server.client.hset(keys.TASK + task_id, "created_at", created - int(seconds * 1000))
+
+    return make_older
+
+
+def take(
+    broker: Broker, room: int, resident: Sequence[str], *, worker: str = "w1", bound_s: float = 20.0, busy: bool = False
+) -> list[str]:
+    claim = broker.claim(worker, "cpu", MODELS, room, resident=resident, bound_s=bound_s, busy=busy)
+    return [task.task_id for task in claim.tasks]
+
+
+def test_a_task_whose_model_is_in_memory_goes_before_an_older_one(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    turbo = submit(model="turbo")
+    age(turbo, 10)
+    pico = submit(model="pico")
+    assert take(broker, 1, ["pico"]) == [pico]
+    assert take(broker, 1, ["pico"]) == [turbo]
+
+
+def test_a_higher_priority_goes_before_what_is_in_memory(broker: Broker, submit: SubmitFn) -> None:
+    pico, turbo = submit(model="pico"), submit(model="turbo", priority="high")
+    assert take(broker, 1, ["pico"]) == [turbo]
+    assert take(broker, 1, ["pico"]) == [pico]
+
+
+def test_past_the_bound_a_task_waits_no_longer(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    pico, turbo, base = submit(model="pico"), submit(model="turbo"), submit(model="base")
+    age(pico, 60)
+    age(turbo, 21)
+    age(base, 22)
+    assert [take(broker, 1, ["pico"], busy=True) for _ in range(3)] == [[base], [turbo], [pico]]
+
+
+def test_without_a_bound_it_is_first_come_first_served(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    turbo, pico = submit(model="turbo"), submit(model="pico")
+    age(turbo, 0.1)
+    assert take(broker, 1, ["pico"], bound_s=0.0) == [turbo]
+    assert take(broker, 1, ["pico"], bound_s=0.0) == [pico]
+
+
+def test_models_in_memory_share_by_the_age_of_their_tasks(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    tasks = [submit(model=model) for model in ("pico", "turbo", "pico", "turbo")]
+    for index, task_id in enumerate(tasks):
+        age(task_id, 10 - index)
+    assert take(broker, 4, ["turbo", "pico"]) == tasks
+
+
+def test_the_oldest_task_counts_whichever_tenant_is_next(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    """A tenant that is out of turn must not keep its model from being seen to wait."""
+    for _ in range(2):
+        submit(model="turbo", tenant="a")
+    assert take(broker, 1, ["turbo"])  # so that tenant a stands behind a newcomer
+    pico = submit(model="pico")
+    late = broker.claim("w2", "cpu", ["turbo"], 1).tasks[0].task_id
+    assert broker.release("w2", hold(broker, late)) == "ok"
+    age(late, 30)
+    submit(model="turbo", tenant="b")
+    first = take(broker, 1, ["pico"])
+    assert first != [pico], "turbo is past the bound"
+
+
+def hold(broker: Broker, task_id: str) -> Hold:
+    record = broker.view(task_id)
+    assert record is not None
+    return Hold(task_id, len(record.attempts))
+
+
+def test_a_busy_worker_leaves_what_it_would_have_to_load_until_it_is_idle(broker: Broker, submit: SubmitFn) -> None:
+    turbo = submit(model="turbo")
+    assert take(broker, 4, ["pico"], busy=True) == []
+    assert take(broker, 4, ["pico"]) == [turbo]
+
+
+def test_what_it_takes_makes_a_worker_busy(broker: Broker, submit: SubmitFn) -> None:
+    turbo, pico = submit(model="turbo"), submit(model="pico")
+    assert take(broker, 4, ["pico"]) == [pico]
+    assert take(broker, 4, ["turbo"], worker="w2") == [turbo]
+
+
+def test_nothing_of_a_lower_priority_overtakes_a_task_that_waits_for_a_worker_to_load(
+    broker: Broker, submit: SubmitFn
+) -> None:
+    turbo, pico = submit(model="turbo"), submit(model="pico", priority="low")
+    assert take(broker, 4, ["pico"], busy=True) == []
+    assert take(broker, 1, ["pico"]) == [turbo]
+    assert take(broker, 4, ["pico"]) == [pico]
+
+
+def test_a_claim_makes_a_worker_load_one_model_only(broker: Broker, submit: SubmitFn) -> None:
+    turbo = [submit(model="turbo") for _ in range(2)]
+    submit(model="base"), submit(model="turbo", priority="low")
+    assert take(broker, 9, []) == turbo
+    assert broker.queues()[0].model == "base"
+
+
+def test_tenants_share_within_a_model(broker: Broker, submit: SubmitFn) -> None:
+    for _ in range(20):
+        submit(model="pico", tenant="big"), submit(model="turbo", tenant="big")
+    submit(model="pico", tenant="small")
+    claim = broker.claim("w1", "cpu", MODELS, 2, resident=["pico"])
+    assert sorted(task.queue for task in claim.tasks) == ["pico.normal.big", "pico.normal.small"]
+
+
+def test_a_claim_that_is_sent_again_gives_the_same_tasks(
+    broker: Broker, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turbo = [submit(model="turbo") for _ in range(2)]
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "same token")
+    assert [take(broker, 1, ["pico"]) for _ in range(2)] == [turbo[:1], turbo[:1]]
+
+
+def test_a_worker_that_leaves_a_task_behind_rings_for_one_that_may_take_it(broker: Broker, submit: SubmitFn) -> None:
+    submit(model="turbo")
+    assert broker.wait(["turbo"])
+    assert take(broker, 4, ["pico"], busy=True) == []
+    began = time.monotonic()
+    assert not broker.wait(["pico"], 0.1)
+    assert time.monotonic() - began < 0.9
+    assert broker.wait(["turbo"], 0.1)
+
+
+def test_a_forged_job_holds_nothing_up(broker: Broker, submit: SubmitFn, redis_server: RedisServer) -> None:
+    submit(model="turbo")
+    redis_server.client.lpush(keys.RQ_QUEUE + "turbo.normal.default", "forged")
+    pico = submit(model="pico")
+    assert take(broker, 1, ["pico"]) == [pico]
+    assert len(take(broker, 1, ["pico"])) == 1
