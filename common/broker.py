@@ -24,6 +24,7 @@ from common.fleetview import BELL_WAIT_S, FleetView
 from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed
 from common.schemas import ImageRef, StageTimings, TaskError, WorkerCard
 
+NOTHING: Mapping[Hold, str] = {}
 REAP_BATCH = 100
 REAP_GAP_S = 3.0  # some supervisor looks every second; a gap this long was an outage
 RECONCILE_GRACE_S = 5.0
@@ -125,9 +126,11 @@ class Broker(FleetView):
         reply = self._run("beat", card.name, lease_ms, card.model_dump_json(), ttl_ms, rq_ttl_s, state, *flat)
         return bool(reply[0]), reply[1:]
 
-    def progress(self, worker: str, steps: Mapping[Hold, tuple[int, int]]) -> list[Verdict]:
-        """Note for each hold how many of its steps are done; return a verdict for each."""
-        flat = [part for hold, (step, total) in steps.items() for part in (*hold, step, total)]
+    def progress(
+        self, worker: str, steps: Mapping[Hold, tuple[int, int]], previews: Mapping[Hold, str] = NOTHING
+    ) -> list[Verdict]:
+        """Note for each hold how many of its steps are done, and its preview; return a verdict for each."""
+        flat = [part for hold, (step, total) in steps.items() for part in (*hold, step, total, previews.get(hold, ""))]
         verdicts: list[Verdict] = self._run("progress", worker, *flat)
         return verdicts
 

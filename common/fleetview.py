@@ -63,6 +63,11 @@ class FleetView:
         record = dict(zip(fields[::2], fields[1::2], strict=True))
         return task_record(record, None if position < 0 else position, self._eta(record, position, pace))
 
+    def preview(self, task_id: str) -> str | None:
+        """Return what a running task is going to show, as base64 of a WebP file; None where nobody has told."""
+        found: str | None = self._patiently(lambda: self._redis.hget(keys.TASK + task_id, "preview"))
+        return found
+
     def tasks(
         self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
     ) -> tuple[list[TaskSummary], tuple[int, str] | None]:

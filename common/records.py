@@ -133,6 +133,7 @@ def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: fl
         request=ResolvedRequest.model_validate_json(fields["request"]),
         request_id=fields["request_id"],
         step=int(fields["step"]),
+        preview=fields.get("preview"),
         position=position,
         eta_seconds=eta_seconds,
         attempts=attempts,

@@ -209,6 +209,7 @@ class TaskRecord(Wire):
     request: ResolvedRequest
     request_id: str = ""
     step: int = 0
+    preview: str | None = None  # base64 of a WebP file
     position: int | None = None
     eta_seconds: float | None = None
     attempts: Sequence[Attempt] = ()
@@ -228,6 +229,7 @@ class Progress(Wire):
 
     step: int
     steps: int
+    preview: str | None = Field(default=None, description="A data: URL of a small picture, where one was asked for.")
 
 
 class ImageView(Wire):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -109,7 +109,8 @@ class Tasks:
             while not record.status.final and not self._hub.closed:
                 heard = listener.wait(SILENCE_S)
                 if heard == "progress":
-                    yield Progress(step=listener.step, steps=listener.steps)
+                    preview = self._preview(task_id) if record.request.preview else None
+                    yield Progress(step=listener.step, steps=listener.steps, preview=preview)
                     continue
                 if heard == "look":
                     listener.wait(self._hub.catch_up_s())
@@ -120,6 +121,11 @@ class Tasks:
                     seen = record  # the stream outlives it: the next silence looks again
                 yield seen if (seen.status, seen.attempts) != (record.status, record.attempts) else None
                 record = seen
+
+    def _preview(self, task_id: str) -> str | None:
+        with contextlib.suppress(RedisUnavailable):  # the stream outlives it
+            return self._broker.preview(task_id)
+        return None
 
     def cancel(self, task_id: str, *, tenant: str) -> TaskRecord:
         """Cancel a task and return it as it then is; raises UnknownTask, TaskExpired, AlreadyFinal."""
@@ -139,7 +145,7 @@ class Tasks:
         """Let everybody who waits be answered now. For a process that stops."""
         self._hub.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         if not self._turns.acquire(timeout=READ_TURN_S):
             raise RedisUnavailable("too many waiters want to be answered at once; ask again")

@@ -33,6 +33,8 @@ class HeldTask:
     error: TaskError | None = None
     inputs: Mapping[str, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)  # by field: the pictures it is from
     pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by picture, (height, width, 3)
+    preview: NDArray[np.uint8] | None = None  # the newest that nobody has told of yet, (height, width, 3)
+    preview_due: float = 0.0  # when the next one may be made; never, once one could not be
     fuses: dict[int, float] = field(default_factory=dict)  # by picture that is being made: when it must be stopped
     warnings: list[str] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # of the pictures begun; what they held on the device may be gone

@@ -5,6 +5,7 @@ A lease that could not be renewed for two thirds of its term makes the engine dr
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,14 @@ from common.errors import RedisUnavailable
 from common.records import Hold
 from common.schemas import WorkerCard
 from common.telemetry import get_logger
+from worker.encoding import encode
 from worker.held import HeldTask
 
 log = get_logger()
 
 PROGRESS_INTERVAL_S = 0.1  # between two reports; a cancel is seen about this fast
 BEATS_PER_RQ_TTL = 10  # RQ forgets a worker that has missed this many
+PREVIEW_QUALITY = 60
 
 
 class Pulse:
@@ -94,11 +97,16 @@ class Pulse:
     def _report(self) -> None:
         tasks = {task.hold: task for task in self._held() if task.outcome is None and task.began is not None}
         self._reported = {hold: step for hold, step in self._reported.items() if hold in tasks}
-        news = {hold: task for hold, task in tasks.items() if self._reported.get(hold) != task.steps_done}
+        news = {
+            hold: task
+            for hold, task in tasks.items()
+            if self._reported.get(hold) != task.steps_done or task.preview is not None
+        }
         if not news:
             return
         steps = {hold: (task.steps_done, task.claimed.request.steps) for hold, task in news.items()}
-        verdicts = self._broker.progress(self._worker, steps)
+        previews = {hold: preview for hold, task in news.items() if (preview := _take_preview(task))}
+        verdicts = self._broker.progress(self._worker, steps, previews)
         for (hold, task), verdict in zip(news.items(), verdicts, strict=True):
             self._reported[hold] = steps[hold][0]
             if verdict != "ok":
@@ -116,3 +124,9 @@ class Pulse:
                 task.verdict = verdict
         if not registered:
             self._register()
+
+
+def _take_preview(task: HeldTask) -> str:
+    """Return the task's newest preview as base64 of a WebP file, or '' where there is no new one."""
+    pixels, task.preview = task.preview, None
+    return "" if pixels is None else base64.b64encode(encode(pixels, "webp", PREVIEW_QUALITY)).decode()

@@ -57,6 +57,7 @@ local function end_attempt(id, queue, fence, outcome, now)
     attempt.outcome = outcome
     redis.call('HSET', K.TASK .. id, field, cjson.encode(attempt))
   end
+  redis.call('HDEL', K.TASK .. id, 'preview')
   redis.call('ZREM', K.RQ_STARTED .. queue, id .. ':' .. fence)
   redis.call('ZREM', K.LEASES, id)
 end

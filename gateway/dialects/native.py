@@ -189,7 +189,7 @@ def render(record: TaskRecord) -> TaskView:
         task_id=record.task_id,
         status=record.status,
         model=record.request.model,
-        progress=Progress(step=record.step, steps=record.request.steps),
+        progress=Progress(step=record.step, steps=record.request.steps, preview=preview_url(record.preview)),
         position=record.position,
         eta_seconds=record.eta_seconds,
         attempts=record.attempts,
@@ -205,6 +205,11 @@ def render(record: TaskRecord) -> TaskView:
     )
 
 
+def preview_url(preview: str | None) -> str | None:
+    """Return a preview as a data: URL."""
+    return preview and f"data:image/webp;base64,{preview}"
+
+
 def render_events(stream: Iterator[TaskRecord | Progress | None]) -> Iterator[str]:
     """Return what `Tasks.follow` yields as server-sent events; a silence becomes a comment."""
     first = True
@@ -212,7 +217,7 @@ def render_events(stream: Iterator[TaskRecord | Progress | None]) -> Iterator[st
         if seen is None:
             yield ": still here\n\n"
         elif isinstance(seen, Progress):
-            yield _event("progress", seen)
+            yield _event("progress", seen.model_copy(update={"preview": preview_url(seen.preview)}))
         else:
             view = render(seen)
             if first or not seen.status.final:

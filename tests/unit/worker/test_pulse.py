@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.broker import Broker
 from common.errors import RedisUnavailable
@@ -64,6 +68,20 @@ def test_progress_is_told_when_it_changes(held: Held, submit: SubmitFn) -> None:
     )
     held.pulse.stepped()
     eventually(lambda: held.broker.view(task_id).step == 3, within_s=2)  # type: ignore[union-attr]
+
+
+def test_a_preview_is_told_once_beside_the_step(held: Held, submit: SubmitFn) -> None:
+    task_id = submit()
+    task = held.take()
+    task.preview = np.full((8, 12, 3), 200, np.uint8)
+    held.pulse.stepped()
+    eventually(lambda: held.broker.preview(task_id), within_s=2)
+    assert task.preview is None
+    record = held.broker.view(task_id)
+    assert record is not None and record.preview is not None
+    with Image.open(io.BytesIO(base64.b64decode(record.preview))) as picture:
+        assert (picture.format, picture.size) == ("WEBP", (12, 8))
+        assert abs(np.asarray(picture.convert("RGB")).mean() - 200) < 5
 
 
 def test_a_cancel_reaches_the_task(held: Held, submit: SubmitFn) -> None:
