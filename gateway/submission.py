@@ -44,6 +44,7 @@ def resolve(request: GenerateRequest, catalogue: Catalogue) -> ResolvedRequest:
         height=height,
         steps=steps,
         guidance_scale=spec.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        preview=request.preview,
         seed=secrets.randbelow(SEED_MAX - request.n + 2) if request.seed is None else request.seed,
         n=request.n,
         format=request.format,

@@ -70,7 +70,7 @@ def test_events_carry_it_only_where_it_was_asked_for(
     heard: list[str] = []
     follower = threading.Thread(target=lambda: heard.extend(stream))
     follower.start()
-    while not heard:  # until the subscription stands
+    while not any("event: progress" in text for text in heard):  # until the subscription stands
         show(broker, task, 1)
         time.sleep(0.05)
     worker.succeed(task)
