@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,14 @@ from torch import Tensor
 
 from common.errors import PipelineFailed
 from worker.pipelines.base import MIB, BasePipeline, ImageRequest, Run
+from worker.zimage.control import Control, prepare_control
 from worker.zimage.decoding import decode
 from worker.zimage.errors import named_errors
+from worker.zimage.forward import Item, predict
+from worker.zimage.guidance import guide, guided_steps
+from worker.zimage.inputs import Kept, begin
+from worker.zimage.modes import check_modes
+from worker.zimage.omni import References, check_room, prepare_references
 from worker.zimage.parts import load_parts
 from worker.zimage.prompts import Prompts
 from worker.zimage.schedule import schedule
@@ -25,15 +31,38 @@ class ZImageRun(Run):
     """A picture in the making, with its tensors on the pipeline's device."""
 
     latents: Tensor  # (channels, 1, height / 8, width / 8), float32; the 1 is the transformer's frame axis
-    captions: tuple[Tensor, ...]  # (tokens, text width) each: the prompt's and, with guidance, the negative prompt's
+    captions: tuple[Tensor, ...]  # (tokens, text width) each: the prompt's one piece, more beside references
+    negatives: tuple[Tensor, ...]  # the negative prompt's; empty without guidance
+    guided: tuple[bool, ...]  # (steps,): whether the step is guided
     times: Tensor  # (steps,), float32: 1 - sigma before each step, so 0 is pure noise
     deltas: tuple[float, ...]  # sigma after a step minus sigma before it; below zero
+    kept: Kept | None = None
+    control: Control | None = None
+    references: References | None = None
+
+    def items(self, dtype: torch.dtype) -> list[Item]:
+        """Return what the run brings to its next forward: one item or, for a guided step, two."""
+        captions = (self.captions, self.negatives) if self.guided[self.step] else (self.captions,)
+        latents, time = self.latents.to(dtype), self.times[self.step]
+        return [Item(latents, time, caption, self.control, self.references) for caption in captions]
+
+    def moved(self, outputs: Iterator[Tensor]) -> Tensor:
+        """Return the latents after the next step, by what the transformer made of its items.
+
+        That is an Euler step, x += (sigma' - sigma) v, with v minus the output.
+        """
+        output = next(outputs).float()
+        if self.guided[self.step]:
+            scale, normalization = self.request.guidance_scale, self.request.cfg_normalization
+            output = guide(output, next(outputs).float(), scale=scale, normalization=normalization)
+        latents = self.latents + self.deltas[self.step] * -output
+        return self.kept.restore(latents, self.step + 1) if self.kept else latents
 
 
 class Pipeline(BasePipeline):
     """A Z-Image checkpoint: `builtin` (pico), a local diffusers folder or a hub id."""
 
-    _parts: Any  # the stock pipeline; it loads and holds the models, its own __call__ is never used
+    _parts: Any  # the models by name: scheduler, vae, text_encoder, tokenizer, transformer, siglip, controlnet
     _prompts: Prompts
 
     def load(self) -> None:
@@ -46,58 +75,67 @@ class Pipeline(BasePipeline):
     @named_errors()
     @torch.inference_mode()
     def start(self, request: ImageRequest) -> Run:
-        """Encode the prompt, draw the latents and lay out the steps.
+        """Encode the prompt and the pictures, draw the latents and lay out the steps.
 
-        The noise comes from a CPU generator in float32, so that a seed means the same picture on every device.
+        Raises PipelineFailed, naming the remedy, for what this model cannot make.
         """
-        factor = self._parts.vae_scale_factor
-        shape = (self._parts.transformer.in_channels, 1, request.height // factor, request.width // factor)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
-        sigmas, times = schedule(self._parts.scheduler, width=request.width, height=request.height, steps=request.steps)
+        parts, device = self._parts, self.device
+        check_modes(self.spec.name, parts, request)
+        sigmas, times = schedule(parts.scheduler, width=request.width, height=request.height, steps=request.steps)
+        factor = parts.vae_scale_factor
+        shape = (parts.transformer.in_channels, 1, request.height // factor, request.width // factor)
+        begun = begin(request, parts.vae, shape=shape, sigmas=tuple(sigmas.tolist()), device=device)
+        guided = guided_steps(request, times)
+        references = prepare_references(request, parts, device)
         warnings: list[str] = []
-        captions = [self._prompts.encode(request.prompt, "prompt", warnings)]
-        if request.guidance_scale > 0:
-            captions.append(self._prompts.encode(request.negative_prompt or "", "negative prompt", warnings))
+        captions = self._encode(request.prompt, "prompt", warnings, references)
+        negatives: tuple[Tensor, ...] = ()
+        if any(guided[begun.step :]):
+            negatives = self._encode(request.negative_prompt or "", "negative prompt", warnings, references)
         return ZImageRun(
             request=request,
+            step=begun.step,
             warnings=warnings,
-            latents=noise.to(self.device),
-            captions=tuple(captions),
-            times=times.to(self.device),
+            latents=begun.latents,
+            captions=captions,
+            negatives=negatives,
+            guided=guided,
+            times=times.to(device),
             deltas=tuple(sigmas.diff().tolist()),
+            kept=begun.kept,
+            control=prepare_control(request, parts.controlnet, parts.vae, device),
+            references=references,
         )
+
+    def _encode(self, text: str, what: str, warnings: list[str], references: References | None) -> tuple[Tensor, ...]:
+        if self._parts.siglip is None:
+            return (self._prompts.encode(text, what, warnings),)
+        pictures = len(references.latents) if references else 0
+        pieces = self._prompts.encode_pieces(text, what, warnings, pictures=pictures)
+        check_room(self._parts.transformer.config.axes_lens, pieces, references)
+        return pieces
 
     @named_errors()
     @torch.inference_mode()
     def step(self, runs: Sequence[Run]) -> None:
-        """Advance every run by one Euler step: x += (sigma' - sigma) v, with v minus the transformer's output.
-
-        One forward serves them all: a run brings one item or, with guidance, two. When it fails no run has moved.
-        """
-        batch = [_own(run) for run in runs]
+        """Advance every run by one Euler step, all by one forward. When it fails no run has moved."""
+        batch = sorted((_own(run) for run in runs), key=lambda run: run.control is None)  # as `predict` wants them
         if not batch:
             return
         if not all(run.captions and not run.done for run in batch):
             raise ValueError("a run that is done or discarded cannot be stepped")
-        items = [(run, caption) for run in batch for caption in run.captions]
-        transformer = self._parts.transformer
-        outputs = transformer(
-            [run.latents.to(transformer.dtype) for run, _ in items],
-            torch.stack([run.times[run.step] for run, _ in items]),
-            [caption for _, caption in items],
-            return_dict=False,
-        )[0]
-        predictions = iter(outputs)
-        moved = []
-        for run in batch:
-            prediction = next(predictions).float()
-            if len(run.captions) == 2:
-                negative = next(predictions).float()
-                prediction = prediction + run.request.guidance_scale * (prediction - negative)
-            moved.append(run.latents + run.deltas[run.step] * -prediction)
+        if len({self.batch_key(run) for run in batch}) > 1:
+            raise ValueError("runs with references and runs without cannot share a step")
+        dtype = self._parts.transformer.dtype
+        outputs = iter(predict(self._parts, [item for run in batch for item in run.items(dtype)]))
+        moved = [run.moved(outputs) for run in batch]
         for run, latents in zip(batch, moved, strict=True):
             run.latents = latents
             run.step += 1
+
+    def batch_key(self, run: Run) -> Hashable:
+        """Return whether the run has reference pictures: the transformer reads them for a whole batch, or for none."""
+        return _own(run).references is not None
 
     @named_errors()
     @torch.inference_mode()
@@ -117,8 +155,9 @@ class Pipeline(BasePipeline):
     def discard(self, run: Run) -> None:
         """Drop the run's tensors. Safe to call twice, and on a run that was stopped early."""
         own = _own(run)
-        own.captions = ()
+        own.captions = own.negatives = ()
         own.latents = own.times = torch.empty(0)
+        own.kept = own.control = own.references = None
 
     def release_memory(self) -> None:
         """Give memory that no run uses any more back to the device."""

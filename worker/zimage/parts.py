@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageControlNetModel, ZImagePipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -26,7 +26,8 @@ def load_parts(spec: ModelSpec, device: str) -> Any:
         library.disable_progress_bar()  # a worker's output is one JSON object a line
     try:
         source, local = find(spec, spec.source)
-        parts: Any = ZImagePipeline.from_pretrained(
+        omni = (Path(source) / "siglip").is_dir()
+        parts: Any = (_omni_pipeline() if omni else ZImagePipeline).from_pretrained(
             source,
             revision=None if local else spec.revision,
             local_files_only=local,
@@ -34,6 +35,9 @@ def load_parts(spec: ModelSpec, device: str) -> Any:
             dtype=weights_dtype(spec, device),
             device_map=device,
         )
+        if not omni:
+            parts.siglip = parts.siglip_processor = None
+        parts.controlnet = _load_controlnet(spec, parts.transformer, device) if spec.controlnet else None
         check_parts(spec, parts)
     except ModelLoadFailed:
         raise
@@ -43,6 +47,26 @@ def load_parts(spec: ModelSpec, device: str) -> Any:
     except Exception as error:  # the libraries raise nearly anything for a broken checkpoint
         raise ModelLoadFailed(_load_remedy(spec, error)) from error
     return parts
+
+
+def _omni_pipeline() -> Any:
+    from diffusers import ZImageOmniPipeline  # not for every model: it brings in SigLIP's image processors
+
+    return ZImageOmniPipeline
+
+
+def _load_controlnet(spec: ModelSpec, transformer: Any, device: str) -> Any:
+    """Return the ControlNet, which shares the transformer's embedders and refiners."""
+    source, local = find(spec, str(spec.controlnet))
+    controlnet = ZImageControlNetModel.from_pretrained(
+        source,
+        revision=None if local else spec.controlnet_revision,
+        local_files_only=local,
+        use_safetensors=True,
+        torch_dtype=weights_dtype(spec, device),
+        device_map=device,
+    )
+    return ZImageControlNetModel.from_transformer(controlnet, transformer)
 
 
 def find(spec: ModelSpec, source: str) -> tuple[str, bool]:
