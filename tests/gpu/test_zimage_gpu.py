@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 from common.errors import OutOfMemory
 from common.models import BUILT_IN, ModelSpec
+from tests.miniatures import control_checkpoint, omni_checkpoint
+from tests.unit.worker.zimage.driving import Visit, ask, change, masked, painted, together
 from worker import pico
 from worker.pipelines.base import ImageRequest
 from worker.pipelines.zimage import Pipeline
@@ -26,8 +29,8 @@ BFLOAT16 = 0.04  # mean difference: on a CPU up to 0.021, with guidance; another
 MIB = 1 << 20
 
 
-def load(device: str, dtype: str = "float32") -> Pipeline:
-    made = Pipeline(ModelSpec.model_validate(PICO.model_dump() | {"dtype": dtype}), device=device)
+def load(device: str, dtype: str = "float32", spec: ModelSpec = PICO) -> Pipeline:
+    made = Pipeline(spec.model_copy(update={"dtype": dtype}), device=device)
     made.load()
     return made
 
@@ -99,6 +102,52 @@ def test_a_batch_in_bfloat16_is_close_to_the_stock_calls(seed: int) -> None:
     assert pipeline._parts.transformer.dtype is torch.bfloat16
     for mine, theirs in zip(batched(pipeline, asked), reference(asked, torch.bfloat16), strict=True):
         assert np.abs(mine - theirs).mean() <= BFLOAT16
+
+
+STARTED = {"init_image": painted(1), "strength": 0.8}
+GUIDED = {"guidance_scale": 2.0, "cfg_normalization": 0.9, "cfg_truncation": 0.5}
+PLAIN = {
+    "guided": ask(**GUIDED),
+    "image": ask(steps=4, **STARTED),
+    "inpaint": ask(steps=5, **STARTED, mask_image=masked(1)),
+    "text": ask(width=128),
+}
+
+
+def assert_company_changes_nothing(pipeline: Pipeline, asked: Sequence[ImageRequest]) -> None:
+    for request, run in zip(asked, together(pipeline, [Visit(request) for request in asked]), strict=True):
+        (alone,) = together(pipeline, [Visit(request)])
+        made, expected = (pipeline.decode(one).cpu().numpy() for one in (run, alone))
+        assert np.isfinite(made).all()
+        assert change(made, expected) <= BFLOAT16
+
+
+@pytest.mark.parametrize("mode", ["guided", "image", "inpaint"])
+def test_pictures_in_bfloat16_are_the_same_in_company(mode: str) -> None:
+    assert_company_changes_nothing(load("cuda", "bfloat16"), [PLAIN[mode], *PLAIN.values()])
+
+
+def test_control_in_bfloat16_is_the_same_in_company(tmp_path: Path) -> None:
+    spec = control_checkpoint(tmp_path / "control", "control_noise_refiner", channels=33)
+    small = {"control_image": painted(2, width=64), "control_scale": 0.2, "width": 64}
+    asked = [ask(control_image=painted(1), control_scale=0.5), ask(**small, **GUIDED), *PLAIN.values()]
+    assert_company_changes_nothing(load("cuda", "bfloat16", spec), asked)
+
+
+def test_edits_in_bfloat16_are_the_same_in_company(tmp_path: Path) -> None:
+    spec = omni_checkpoint(tmp_path / "omni")
+    edits = [ask(reference_images=(painted(1),)), ask(reference_images=(painted(2), painted(3, width=64)), **GUIDED)]
+    assert_company_changes_nothing(load("cuda", "bfloat16", spec), [*edits, ask(), ask(width=128, **GUIDED)])
+
+
+def test_a_step_does_not_wait_for_the_device(pipeline: Pipeline) -> None:
+    runs = [pipeline.start(request) for request in PLAIN.values()]
+    pipeline.step(runs)  # the first brings the position tables over
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pipeline.step(runs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_seed_means_the_same_picture_on_a_cpu(pipeline: Pipeline) -> None:

@@ -34,7 +34,7 @@ from worker.zimage.inputs import steps_left_out
 BLACK, WHITE = (np.full((64, 96), value, dtype=np.uint8) for value in (0, 255))
 
 
-@settings(steady, max_examples=36)
+@settings(steady, max_examples=60)
 @given(visits=mixes("text", "image", "inpaint"))
 def test_in_any_company_a_picture_equals_the_stock_call(pipeline: Pipeline, stock: Stock, visits: list[Visit]) -> None:
     for visit, run in zip(visits, together(pipeline, visits), strict=True):
@@ -102,7 +102,7 @@ def test_the_lower_the_strength_the_nearer_the_picture(pipeline: Pipeline) -> No
 
 
 def test_another_picture_to_start_from_is_another_picture(pipeline: Pipeline) -> None:
-    one, other = pictures(pipeline, *(ask(init_image=painted(look), strength=0.4) for look in (1, 2)))
+    one, other = pictures(pipeline, *(ask(init_image=painted(look), strength=0.3) for look in (1, 2)))
     assert change(one, other) > NOTICED
 
 
