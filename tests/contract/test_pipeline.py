@@ -17,7 +17,7 @@ import worker.pipelines
 from common.errors import ConfigurationError
 from common.models import BUILT_IN, ModelSpec
 from common.registry import discover, load
-from worker.pipelines.base import BasePipeline, ImageRequest, Run
+from worker.pipelines.base import BasePipeline, ImageRequest, Run, Tuning
 
 FAST = {"simulated": {"image_ms": 4.0, "load_ms": 0.0}}
 
@@ -31,7 +31,10 @@ def built_in(name: str) -> ModelSpec:
 
 @pytest.fixture(scope="module", params=discover(worker.pipelines))
 def pipeline(request: pytest.FixtureRequest) -> Iterator[BasePipeline]:
-    made: BasePipeline = load(worker.pipelines, request.param).Pipeline(built_in(request.param), device="cpu")
+    tuning = Tuning(embeds_bytes=0)  # so that nobody but a run holds what it was given
+    made: BasePipeline = load(worker.pipelines, request.param).Pipeline(
+        built_in(request.param), device="cpu", tuning=tuning
+    )
     made.load()
     yield made
     made.release_memory()
@@ -141,6 +144,25 @@ def test_warming_up_leaves_no_trace(pipeline: BasePipeline) -> None:
     before = picture(pipeline, ask(5))
     pipeline.warm()
     assert_same(picture(pipeline, ask(5)), before)
+
+
+@pytest.mark.parametrize("sizes", [(), ((64, 96),), ((64, 64), (128, 64))])
+def test_warming_up_makes_a_picture_of_each_size(
+    pipeline: BasePipeline, monkeypatch: pytest.MonkeyPatch, sizes: Sequence[tuple[int, int]]
+) -> None:
+    if type(pipeline).warm is not BasePipeline.warm:
+        pytest.skip("it has nothing to warm")
+    made: list[tuple[int, ...]] = []
+    finish = pipeline.finish
+
+    def recorded(run: Run) -> NDArray[np.uint8]:
+        array = finish(run)
+        made.append((array.shape[1], array.shape[0]))
+        return array
+
+    monkeypatch.setattr(pipeline, "finish", recorded)
+    pipeline.warm(sizes)
+    assert made == (list(sizes) or [(pipeline.spec.width, pipeline.spec.height)])
 
 
 def test_memory_is_a_number_of_mebibytes(pipeline: BasePipeline) -> None:

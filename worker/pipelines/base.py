@@ -83,9 +83,13 @@ DEFAULT_TUNING = Tuning()
 class BasePipeline(abc.ABC):
     """One model on one device. All calls come from one thread.
 
+    `loaded_from` says, once loaded, where the weights came from, for a log line.
+
     `start`, `step` and `finish` raise PipelineFailed (or let the library's own error pass) when a picture cannot be
     made; the engine then ends the runs concerned and goes on with the others.
     """
+
+    loaded_from: str = ""
 
     def __init__(self, spec: ModelSpec, *, device: str, tuning: Tuning = DEFAULT_TUNING) -> None:
         """`device` is "cpu" or "cuda"."""
@@ -131,7 +135,7 @@ class BasePipeline(abc.ABC):
         return 0
 
     def weight_bytes(self) -> int:
-        """Return how many bytes the model's weights take on the device."""
+        """Return how many bytes the model's weights are, wherever they wait."""
         return 0
 
     def allocated_bytes(self) -> int:
@@ -152,15 +156,26 @@ class BasePipeline(abc.ABC):
         """Device memory this pipeline holds, in MiB; 0 where the device does not say."""
         return 0
 
-    def warm(self) -> None:
-        """Make one small picture, so that the first client does not pay for set-up."""
+    def warm(self, sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """Make one picture of each size (width, height) in pixels, so that the first client does not pay for set-up.
+
+        Without sizes, one of the model's own. One step each; two with guidance, as the second may leave it out.
+        """
         spec = self.spec
-        side = min(spec.width, spec.height)
-        request = ImageRequest(
-            prompt="warm-up", width=side, height=side, steps=1, guidance_scale=spec.guidance_scale, seed=0
-        )
-        run = self.start(request)
-        self.step([run])
-        self.finish(run)
-        self.discard(run)
+        for width, height in sizes or [(spec.width, spec.height)]:
+            request = ImageRequest(
+                prompt="warm-up",
+                width=width,
+                height=height,
+                steps=2 if spec.guidance_scale > 0 else 1,
+                guidance_scale=spec.guidance_scale,
+                cfg_normalization=spec.cfg_normalization,
+                cfg_truncation=spec.cfg_truncation,
+                seed=0,
+            )
+            run = self.start(request)
+            while not run.done:
+                self.step([run])
+            self.finish(run)
+            self.discard(run)
         self.release_memory()

@@ -40,7 +40,7 @@ class Pipeline(BasePipeline):
         """Wait `load_ms`."""
         time.sleep(self._option("load_ms", DEFAULT_LOAD_MS) / 1000)
 
-    def warm(self) -> None:
+    def warm(self, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Return at once: there is no device to warm."""
 
     def start(self, request: ImageRequest) -> Run:

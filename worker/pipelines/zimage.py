@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,10 @@ from worker.zimage.guidance import guide, guided_steps
 from worker.zimage.inputs import Kept, begin
 from worker.zimage.modes import check_modes
 from worker.zimage.omni import References, check_room, prepare_references
-from worker.zimage.parts import load_parts
+from worker.zimage.parts import Parts, load_parts
+from worker.zimage.previews import Previews, predicted
 from worker.zimage.prompts import Prompts
+from worker.zimage.residue import Traces, allocated_bytes, release_cache, weight_bytes
 from worker.zimage.schedule import schedule
 
 
@@ -39,6 +40,7 @@ class ZImageRun(Run):
     kept: Kept | None = None
     control: Control | None = None
     references: References | None = None
+    before: Tensor | None = None  # the latents before the last step
 
     def items(self, dtype: torch.dtype) -> list[Item]:
         """Return what the run brings to its next forward: one item or, for a guided step, two."""
@@ -62,15 +64,46 @@ class ZImageRun(Run):
 class Pipeline(BasePipeline):
     """A Z-Image checkpoint: `builtin` (pico), a local diffusers folder or a hub id."""
 
-    _parts: Any  # the models by name: scheduler, vae, text_encoder, tokenizer, transformer, siglip, controlnet
+    _parts: Parts
     _prompts: Prompts
+    _previews: Previews
 
     def load(self) -> None:
         """Bring the weights onto the device; raises ModelLoadFailed with the remedy."""
-        self._parts = load_parts(self.spec, self.device)
+        self.adopt(load_parts(self.spec, self.device, self.tuning))
+
+    def adopt(self, parts: Parts) -> None:
+        """Take parts whose weights are on the device already, wherever they come from."""
+        self._parts = parts
         self._prompts = Prompts(
-            self._parts.tokenizer, self._parts.text_encoder, max_tokens=self.spec.max_tokens, device=self.device
+            parts.tokenizer,
+            parts.text_encoder,
+            max_tokens=self.spec.max_tokens,
+            device=self.device,
+            max_bytes=self.tuning.embeds_bytes,
         )
+        self._previews = Previews(parts.vae, self.device)
+        self.loaded_from = parts.loaded_from
+
+    def unload(self) -> int:
+        """Drop all that `load` made, for good; return how many bytes of the weights are still held by somebody.
+
+        Runs must have been discarded before.
+        """
+        if not self._loaded:
+            return 0
+        for name in [name for name in vars(self) if name.startswith("_") and name != "_parts"]:
+            delattr(self, name)
+        traces = Traces(self._parts.models().values())
+        del self._parts
+        left = traces.left()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return left
+
+    @property
+    def _loaded(self) -> bool:
+        return hasattr(self, "_parts")
 
     @named_errors()
     @torch.inference_mode()
@@ -130,7 +163,7 @@ class Pipeline(BasePipeline):
         outputs = iter(predict(self._parts, [item for run in batch for item in run.items(dtype)]))
         moved = [run.moved(outputs) for run in batch]
         for run, latents in zip(batch, moved, strict=True):
-            run.latents = latents
+            run.before, run.latents = run.latents, latents
             run.step += 1
 
     def batch_key(self, run: Run) -> Hashable:
@@ -150,7 +183,17 @@ class Pipeline(BasePipeline):
     @torch.inference_mode()
     def decode(self, run: Run) -> Tensor:
         """Return the picture of a run's latents as float32 in 0..1, (height, width, 3), on the device."""
-        return decode(self._parts.vae, _own(run).latents)
+        return decode(self._parts.vae, _own(run).latents, tile_above=self.tuning.tile_above)
+
+    @named_errors()
+    @torch.inference_mode()
+    def preview(self, run: Run) -> NDArray[np.uint8] | None:
+        """Return a small picture, (rows, columns, 3), of what the run is heading for; None before its first step."""
+        own = _own(run)
+        if own.before is None:
+            return None
+        sigma, delta = -sum(own.deltas[own.step :]), own.deltas[own.step - 1]
+        return self._previews.draw(predicted(own.latents, own.before, sigma=sigma, delta=delta))
 
     def discard(self, run: Run) -> None:
         """Drop the run's tensors. Safe to call twice, and on a run that was stopped early."""
@@ -158,15 +201,31 @@ class Pipeline(BasePipeline):
         own.captions = own.negatives = ()
         own.latents = own.times = torch.empty(0)
         own.kept = own.control = own.references = None
+        own.before = None
 
     def release_memory(self) -> None:
-        """Give memory that no run uses any more back to the device."""
+        """Give memory that no run uses any more back to the device, where it is worth waiting for."""
         if self.device == "cuda":
-            torch.cuda.empty_cache()
+            release_cache()
+
+    def weight_bytes(self) -> int:
+        """Return how many bytes the model's weights are, those that wait in the machine's memory included."""
+        return weight_bytes(self._parts.models().values()) if self._loaded else 0
+
+    def allocated_bytes(self) -> int:
+        """Return the device memory in live tensors of this process; 0 on a CPU."""
+        return allocated_bytes() if self.device == "cuda" else 0
+
+    def counters(self) -> Mapping[str, float]:
+        """Return what is counted about encoded prompts."""
+        return self._prompts.counters() if self._loaded else {}
 
     def memory_used_mb(self) -> int:
-        """Device memory that this process's torch holds, in MiB, free blocks of its cache included; 0 on a CPU."""
-        return torch.cuda.memory_reserved() // MIB if self.device == "cuda" else 0
+        """Device memory in live tensors of this process, in MiB; 0 on a CPU.
+
+        What torch keeps for the next picture is not counted: it is no sign of a leak.
+        """
+        return self.allocated_bytes() // MIB
 
 
 def _own(run: Run) -> ZImageRun:

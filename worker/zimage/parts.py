@@ -2,83 +2,107 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImageControlNetModel, ZImagePipeline
+from diffusers import ZImageControlNetModel
 from diffusers.utils import logging as diffusers_logging
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from common.errors import ModelLoadFailed
 from common.models import SIZE_MULTIPLE, ModelSpec
-from worker import pico
+from worker.pipelines.base import DEFAULT_TUNING, Tuning
+from worker.zimage import offload
+from worker.zimage.skeletons import MODELS, classes_of, empty, naming
+from worker.zimage.sources import Source, find, remedy
+from worker.zimage.weights import Component, fill_all, survey
 
 CAPTION_MULTIPLE = 32  # tokens: the transformer pads every caption to a multiple of this
 
 
-def load_parts(spec: ModelSpec, device: str) -> Any:
-    """Return the stock pipeline with its weights on the device, for its models; its own __call__ is never used.
+@dataclass(kw_only=True, eq=False)
+class Parts:
+    """What a checkpoint is made of, by the names of its folders."""
+
+    scheduler: Any
+    vae: Any
+    text_encoder: Any  # it ends with the layer before its last; see skeletons.empty_text_encoder
+    tokenizer: Any
+    transformer: Any
+    siglip: Any = None
+    siglip_processor: Any = None
+    controlnet: Any = None
+    loaded_from: str = ""
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a picture to one latent, along each side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def models(self) -> dict[str, nn.Module]:
+        """Return the parts that have weights, by name."""
+        found = {name: getattr(self, name) for name in (*MODELS, "controlnet")}
+        return {name: model for name, model in found.items() if model is not None}
+
+
+def load_parts(spec: ModelSpec, device: str, tuning: Tuning = DEFAULT_TUNING) -> Parts:
+    """Return a checkpoint's parts with their weights on the device, or in the machine's memory where they wait.
 
     Raises ModelLoadFailed with the remedy.
     """
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # a worker's output is one JSON object a line
     try:
-        source, local = find(spec, spec.source)
-        omni = (Path(source) / "siglip").is_dir()
-        parts: Any = (_omni_pipeline() if omni else ZImagePipeline).from_pretrained(
-            source,
-            revision=None if local else spec.revision,
-            local_files_only=local,
-            use_safetensors=True,
-            dtype=weights_dtype(spec, device),
-            device_map=device,
-        )
-        if not omni:
-            parts.siglip = parts.siglip_processor = None
-        parts.controlnet = _load_controlnet(spec, parts.transformer, device) if spec.controlnet else None
-        check_parts(spec, parts)
+        dtype = weights_dtype(spec, device)
+        source = find(spec, spec.source, spec.revision)
+        controlnet = find(spec, spec.controlnet, spec.controlnet_revision) if spec.controlnet else None
+        return _load(spec, source, controlnet, device=device, dtype=dtype, tuning=tuning)
     except ModelLoadFailed:
         raise
     except torch.OutOfMemoryError as error:
-        remedy = "free the GPU, choose a smaller model, or serve fewer models on this worker"
-        raise ModelLoadFailed(f"model {spec.name}: not enough GPU memory; {remedy} ({error})") from error
+        advice = "free the GPU, choose a smaller model, or serve fewer models on this worker"
+        raise ModelLoadFailed(f"model {spec.name}: not enough GPU memory; {advice} ({error})") from error
     except Exception as error:  # the libraries raise nearly anything for a broken checkpoint
-        raise ModelLoadFailed(_load_remedy(spec, error)) from error
-    return parts
+        raise ModelLoadFailed(remedy(spec, error)) from error
 
 
-def _omni_pipeline() -> Any:
-    from diffusers import ZImageOmniPipeline  # not for every model: it brings in SigLIP's image processors
+def _load(
+    spec: ModelSpec, source: Source, controlnet: Source | None, *, device: str, dtype: torch.dtype, tuning: Tuning
+) -> Parts:
+    """Read configs, then the headers of all weights, then the weights: what is wrong shows before the long part."""
+    folder = source.folder
+    classes = classes_of(spec, folder)
+    scheduler = classes["scheduler"].from_pretrained(folder / "scheduler", local_files_only=True)
+    components = {part: _component(part, classes[part], folder / part) for part in MODELS if part in classes}
+    check_parts(spec, scheduler, components["transformer"].model)
+    if controlnet is not None:
+        components["controlnet"] = _component("controlnet", ZImageControlNetModel, controlnet.folder)
+    for component in components.values():
+        component.check()
+    models = {part: component.model for part, component in components.items()}
+    waiting = offload.choose_for(spec.name, models, device=device, dtype=dtype, tuning=tuning)
+    for part, component in components.items():
+        component.device = "cpu" if waiting.waits(part) else device
+    fill_all(components.values(), dtype)
+    others = {
+        part: classes[part].from_pretrained(folder / part, local_files_only=True)
+        for part in ("tokenizer", "siglip_processor")
+        if part in classes
+    }
+    if controlnet is not None:
+        ZImageControlNetModel.from_transformer(models["controlnet"], models["transformer"])
+    offload.apply(models, waiting, device=device)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # of weights in the dtype they had in their files
+    return Parts(scheduler=scheduler, loaded_from=source.name, **models, **others)
 
-    return ZImageOmniPipeline
 
-
-def _load_controlnet(spec: ModelSpec, transformer: Any, device: str) -> Any:
-    """Return the ControlNet, which shares the transformer's embedders and refiners."""
-    source, local = find(spec, str(spec.controlnet))
-    controlnet = ZImageControlNetModel.from_pretrained(
-        source,
-        revision=None if local else spec.controlnet_revision,
-        local_files_only=local,
-        use_safetensors=True,
-        torch_dtype=weights_dtype(spec, device),
-        device_map=device,
-    )
-    return ZImageControlNetModel.from_transformer(controlnet, transformer)
-
-
-def find(spec: ModelSpec, source: str) -> tuple[str, bool]:
-    """Return where weights are and whether that is a folder here, for which the hub is never asked."""
-    if source == "builtin":
-        return str(pico.FOLDER), True
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return str(path), True
-    if source.startswith((".", "/", "~")):
-        raise ModelLoadFailed(f"model {spec.name}: there is no folder {path}; correct its source")
-    return source, False
+def _component(part: str, cls: Any, folder: Path) -> Component:
+    model = empty(part, cls, folder)
+    return Component(name=part, model=model, stored=survey(folder, naming(part, model)))
 
 
 def weights_dtype(spec: ModelSpec, device: str) -> torch.dtype:
@@ -93,30 +117,18 @@ def weights_dtype(spec: ModelSpec, device: str) -> torch.dtype:
     return dtype
 
 
-def check_parts(spec: ModelSpec, parts: Any) -> None:
+def check_parts(spec: ModelSpec, scheduler: Any, transformer: Any) -> None:
     """Raise ModelLoadFailed where the checkpoint cannot do what the model's limits promise."""
-    scheduler, config = parts.scheduler, parts.transformer.config
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.stochastic_sampling:
+    if scheduler.config.stochastic_sampling:
         raise ModelLoadFailed(
-            f"model {spec.name}: its scheduler is {type(scheduler).__name__}, but only a deterministic "
+            f"model {spec.name}: its scheduler draws noise at every step, but only a deterministic "
             "FlowMatchEulerDiscreteScheduler can be batched by steps; correct scheduler_config.json"
         )
     # a position past the rotary tables would be a device-side assert, which ends the whole CUDA context
-    frames, rows, columns = config.axes_lens
+    frames, rows, columns = transformer.config.axes_lens
     tokens = frames - 2 - (frames - 2) % CAPTION_MULTIPLE
     if spec.max_tokens > tokens:
         raise ModelLoadFailed(f"model {spec.name}: max_tokens must be at most {tokens} for this checkpoint")
     side = min(rows, columns) * SIZE_MULTIPLE
     if spec.max_side > side:
         raise ModelLoadFailed(f"model {spec.name}: max_side must be at most {side} for this checkpoint")
-
-
-def _load_remedy(spec: ModelSpec, error: Exception) -> str:
-    if spec.source == "builtin":
-        remedy = f"install zfleet again: {pico.FOLDER} is damaged"
-    else:
-        remedy = (
-            "the source must be a folder or hub id of a Z-Image checkpoint, diffusers format with safetensors; "
-            "for the hub, check the network, HF_TOKEN and the revision, or download it and name the folder"
-        )
-    return f"model {spec.name} from {spec.source}: {type(error).__name__}: {error}; {remedy}"

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Embedded(NamedTuple):
+    """A text that the text encoder has read."""
+
+    states: Tensor  # (tokens, text width), on the device
+    length: int  # of the whole text's tokens, more than there are states where it was cut
 
 
 class Prompts:
-    """Encodes prompts with a checkpoint's tokenizer and text encoder."""
+    """Encodes prompts with a checkpoint's tokenizer and text encoder, and keeps what it has encoded."""
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, *, max_tokens: int, device: str) -> None:
+    def __init__(self, tokenizer: Any, text_encoder: Any, *, max_tokens: int, device: str, max_bytes: int = 0) -> None:
+        """Keep up to `max_bytes` of embeddings, those used last; runs that hold an older one go on holding it."""
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._max_tokens = max_tokens
         self._device = device
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[bytes, Embedded] = OrderedDict()  # by the text's SHA-256: no prompt stays in memory
+        self._bytes = 0
+        self._hits = 0
+        self._misses = 0
 
     def encode(self, text: str, what: str, warnings: list[str]) -> Tensor:
         """Return the text's embedding (tokens, text width), cut to the model's limit with a warning."""
@@ -30,15 +45,49 @@ class Prompts:
         """
         return tuple(self._embed(piece, what, warnings) for piece in omni_pieces(text, pictures))
 
+    def counters(self) -> dict[str, float]:
+        """Return how often a text was found encoded, how often not, and the bytes that are kept now."""
+        return {"embeds_hits": self._hits, "embeds_misses": self._misses, "embeds_bytes": self._bytes}
+
     def _embed(self, chat: str, what: str, warnings: list[str]) -> Tensor:
-        limit = self._max_tokens
-        tokens = self._tokenizer(chat, return_tensors="pt", verbose=False).input_ids
-        if (count := tokens.shape[1]) > limit:
+        key = hashlib.sha256(chat.encode("utf-8", "surrogatepass")).digest()
+        if key in self._kept:
+            self._hits += 1
+            self._kept.move_to_end(key)
+            embedded = self._kept[key]
+        else:
+            self._misses += 1
+            embedded = self._read(chat)
+            self._keep(key, embedded)
+        if (count := embedded.length) > (limit := self._max_tokens):
             warnings.append(f"The {what} is {count} tokens long and this model reads {limit}; the rest was left out.")
+        return embedded.states
+
+    def _keep(self, key: bytes, embedded: Embedded) -> None:
+        if embedded.states.nbytes > self._max_bytes:
+            return
+        self._kept[key] = embedded
+        self._bytes += embedded.states.nbytes
+        while self._bytes > self._max_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= oldest.states.nbytes
+
+    def _read(self, chat: str) -> Embedded:
+        tokens = self._tokenizer(chat, return_tensors="pt", verbose=False).input_ids
+        if (count := tokens.shape[1]) > (limit := self._max_tokens):
             tokens = self._tokenizer(chat, return_tensors="pt", truncation=True, max_length=limit).input_ids
-        states = self._text_encoder(tokens.to(self._device), output_hidden_states=True, use_cache=False)
-        embedding: Tensor = states.hidden_states[-2][0]
-        return embedding
+        return Embedded(last_but_one(self._text_encoder, tokens.to(self._device))[0], count)
+
+
+def last_but_one(text_encoder: Any, tokens: Tensor) -> Tensor:
+    """Return the output (texts, tokens, text width) of the layer before a text encoder's last, for token ids
+    (texts, tokens): what Z-Image reads. One without a final norm ends there already.
+    """
+    if isinstance(text_encoder.norm, nn.Identity):
+        ended: Tensor = text_encoder(tokens, use_cache=False).last_hidden_state
+        return ended
+    states: Tensor = text_encoder(tokens, output_hidden_states=True, use_cache=False).hidden_states[-2]
+    return states
 
 
 def omni_pieces(text: str, pictures: int) -> tuple[str, ...]:

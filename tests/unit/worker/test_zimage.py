@@ -18,6 +18,7 @@ from common.models import BUILT_IN, ModelSpec
 from worker import pico
 from worker.pipelines.base import ImageRequest, Run
 from worker.pipelines.zimage import Pipeline, ZImageRun
+from worker.zimage import sources, weights
 from worker.zimage.schedule import schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,14 +202,12 @@ def test_a_hub_id_is_asked_for_at_its_revision_and_in_safetensors(monkeypatch: p
         asked.update(options, source=source)
         raise OSError("We couldn't connect")
 
-    monkeypatch.setattr(ZImagePipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(sources, "snapshot_download", refuse)
     with pytest.raises(ModelLoadFailed, match=r"couldn't connect.*HF_TOKEN"):
         loader(source="Some-Org/Some-Image", revision="abc123", device="cuda", dtype="bfloat16").load()
     assert asked["source"] == "Some-Org/Some-Image"
     assert asked["revision"] == "abc123"
-    assert asked["use_safetensors"] is True
-    assert asked["local_files_only"] is False
-    assert asked["dtype"] is torch.bfloat16
+    assert not [pattern for pattern in asked["allow_patterns"] if pattern in ("*", "*.bin", "*.safetensors")]
 
 
 @pytest.mark.parametrize("source", ["./missing", "/no/such/folder", "~/no-such-folder"])
@@ -260,13 +259,13 @@ def test_another_scheduler_is_refused(tmp_path: Path) -> None:
             loader(source=str(folder)).load()
 
 
-def test_too_little_memory_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*_args: object, **_options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ZImagePipeline, "from_pretrained", fill)
+    monkeypatch.setattr(weights, "read", fill)
     with pytest.raises(ModelLoadFailed, match="choose a smaller model"):
-        loader(source="Some-Org/Some-Image").load()
+        loader().load()
 
 
 @pytest.mark.parametrize(
