@@ -17,6 +17,7 @@ class Traces:
     """Traces of a model's weights, which do not keep them: by these one can tell later what is still there."""
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
+        gc.collect()  # of what others have dropped already, which would look like weights that became free
         weak: Any = reductions.StorageWeakRef
         storages = _storages(models)
         self._weights = [(weak(storage), storage.nbytes()) for storage in storages]
