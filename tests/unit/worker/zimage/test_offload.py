@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from diffusers.hooks.group_offloading import ModuleGroup
 from structlog.testing import capture_logs
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
@@ -141,21 +143,44 @@ def pictures(pipeline: Pipeline) -> Iterator[Any]:
         yield pipeline.finish(run)
 
 
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each weight that came or went, which is copied then, as from one memory to another.
+
+    The CPU stands for both places here; tests/gpu moves weights for real.
+    """
+    moved: list[int] = []
+
+    def copy(tensor: torch.Tensor) -> None:
+        moved.append(tensor.nbytes)
+        tensor.data = tensor.data.clone()
+
+    def go(group: Any) -> None:
+        weights = [weight for module in group.modules for weight in module.parameters()]
+        for weight in (*weights, *group.parameters, *group.buffers):
+            copy(weight)
+
+    monkeypatch.setattr(ModuleGroup, "_transfer_tensor_to_device", lambda _self, tensor, *_: copy(tensor))
+    monkeypatch.setattr(ModuleGroup, "_offload_to_memory", go)
+    return moved
+
+
 @pytest.mark.parametrize("choice", ["encoders", "all"])
-def test_pictures_are_the_same_whatever_waits(choice: Choice) -> None:
-    """With the CPU for both places; tests/gpu moves weights for real."""
+def test_pictures_are_the_same_whatever_waits(choice: Choice, moves: list[int]) -> None:
     plain, waiting = Pipeline(PICO, device="cpu"), Pipeline(PICO, device="cpu")
     plain.load()
     parts = load_parts(PICO, "cpu")
     offload.apply(parts.models(), Waiting(choice), device="cpu")
     waiting.adopt(parts)
     for mine, theirs in zip(pictures(waiting), pictures(plain), strict=True):
-        assert (mine == theirs).all()
+        # a value here and there rounds the other way: weights at other addresses are multiplied by other kernels
+        assert np.abs(mine.astype(int) - theirs.astype(int)).max() <= 1
+    assert sum(moves) > plain.weight_bytes() / 2
     assert waiting.weight_bytes() == plain.weight_bytes()
 
 
 @pytest.mark.parametrize("choice", ["encoders", "all"])
-def test_what_comes_and_goes_is_dropped_with_the_model(choice: Choice) -> None:
+def test_what_comes_and_goes_is_dropped_with_the_model(choice: Choice, moves: list[int]) -> None:
     waiting = Pipeline(PICO, device="cpu")
     parts: Parts | None = load_parts(PICO, "cpu")
     assert parts is not None
