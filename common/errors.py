@@ -46,6 +46,12 @@ class UnknownModel(InvalidRequest):
     code = "unknown_model"
 
 
+class UnknownLora(InvalidRequest):
+    """Raised when a request names a LoRA that is not in the worker's folder."""
+
+    code = "unknown_lora"
+
+
 class MalformedBody(InvalidRequest):
     """Raised when a request's body is not a JSON object, so that it has no fields to speak of."""
 
@@ -132,6 +138,12 @@ class PipelineFailed(FleetError):
     """Raised when the pipeline could not make a picture from a request."""
 
     code = "pipeline_failed"
+
+
+class LoraUnusable(PipelineFailed):
+    """Raised when a LoRA's file cannot be read, or does not fit the model."""
+
+    code = "lora_unusable"
 
 
 class OutOfMemory(PipelineFailed):

@@ -24,6 +24,7 @@ from common.errors import (
     StorageFull,
     TaskExpired,
     UnknownImage,
+    UnknownLora,
     UnknownModel,
     UnknownTask,
     UnsupportedMediaType,
@@ -51,6 +52,7 @@ INTERNAL = Kind(500, "Internal error")
 KINDS: Mapping[str, Kind] = {
     InvalidRequest.code: Kind(422, "Invalid request"),
     UnknownModel.code: Kind(422, "Unknown model"),
+    UnknownLora.code: Kind(422, "Unknown LoRA"),
     MalformedBody.code: Kind(400, "Malformed body"),
     UnsupportedMediaType.code: Kind(415, "Unsupported media type"),
     UnknownTask.code: Kind(404, "Unknown task"),

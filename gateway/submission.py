@@ -34,6 +34,8 @@ def resolve(request: GenerateRequest, catalogue: Catalogue) -> ResolvedRequest:
         errors.append(FieldError("n", f"must be from 1 to {spec.max_n} for model {spec.name}"))
     elif request.seed is not None and request.seed + request.n - 1 > SEED_MAX:
         errors.append(FieldError("seed", f"must be from 0 to {SEED_MAX - request.n + 1} for {request.n} pictures"))
+    if len({lora.name for lora in request.loras}) < len(request.loras):
+        errors.append(FieldError("loras", "names must differ"))
     if errors:
         raise InvalidRequest("; ".join(f"{loc}: {msg}" for loc, msg in errors), errors=errors)
     return ResolvedRequest(

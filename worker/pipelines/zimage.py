@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.errors import PipelineFailed
 from worker.pipelines.base import MIB, BasePipeline, ImageRequest, Run
+from worker.zimage.adapters import PLAIN, Adapters, Blend
 from worker.zimage.control import Control, prepare_control
 from worker.zimage.decoding import decode
 from worker.zimage.errors import named_errors
@@ -37,6 +38,7 @@ class ZImageRun(Run):
     guided: tuple[bool, ...]  # (steps,): whether the step is guided
     times: Tensor  # (steps,), float32: 1 - sigma before each step, so 0 is pure noise
     deltas: tuple[float, ...]  # sigma after a step minus sigma before it; below zero
+    blend: Blend  # its LoRAs, which this reference keeps loaded
     kept: Kept | None = None
     control: Control | None = None
     references: References | None = None
@@ -67,6 +69,7 @@ class Pipeline(BasePipeline):
     _parts: Parts
     _prompts: Prompts
     _previews: Previews
+    _adapters: Adapters
 
     def load(self) -> None:
         """Bring the weights onto the device; raises ModelLoadFailed with the remedy."""
@@ -83,6 +86,8 @@ class Pipeline(BasePipeline):
             max_bytes=self.tuning.embeds_bytes,
         )
         self._previews = Previews(parts.vae, self.device)
+        self._adapters = Adapters(parts.transformer)
+        self._dtype = parts.transformer.dtype
         self.loaded_from = parts.loaded_from
 
     def unload(self) -> int:
@@ -138,6 +143,7 @@ class Pipeline(BasePipeline):
             kept=begun.kept,
             control=prepare_control(request, parts.controlnet, parts.vae, device),
             references=references,
+            blend=self._adapters.hold(request.loras, warnings),
         )
 
     def _encode(self, text: str, what: str, warnings: list[str], references: References | None) -> tuple[Tensor, ...]:
@@ -158,17 +164,20 @@ class Pipeline(BasePipeline):
         if not all(run.captions and not run.done for run in batch):
             raise ValueError("a run that is done or discarded cannot be stepped")
         if len({self.batch_key(run) for run in batch}) > 1:
-            raise ValueError("runs with references and runs without cannot share a step")
-        dtype = self._parts.transformer.dtype
-        outputs = iter(predict(self._parts, [item for run in batch for item in run.items(dtype)]))
+            raise ValueError("runs with references and without, or with different LoRAs, cannot share a step")
+        self._adapters.activate(batch[0].blend)
+        outputs = iter(predict(self._parts, [item for run in batch for item in run.items(self._dtype)]))
         moved = [run.moved(outputs) for run in batch]
         for run, latents in zip(batch, moved, strict=True):
             run.before, run.latents = run.latents, latents
             run.step += 1
 
     def batch_key(self, run: Run) -> Hashable:
-        """Return whether the run has reference pictures: the transformer reads them for a whole batch, or for none."""
-        return _own(run).references is not None
+        """Return what a batch has in common: its LoRAs, which are part of the weights, and whether there are reference
+        pictures, which the transformer reads for a whole batch or for none.
+        """
+        own = _own(run)
+        return own.references is not None, own.blend.parts
 
     @named_errors()
     @torch.inference_mode()
@@ -199,6 +208,7 @@ class Pipeline(BasePipeline):
         """Drop the run's tensors. Safe to call twice, and on a run that was stopped early."""
         own = _own(run)
         own.captions = own.negatives = ()
+        own.blend = PLAIN
         own.latents = own.times = torch.empty(0)
         own.kept = own.control = own.references = None
         own.before = None

@@ -99,3 +99,9 @@ def test_the_same_request_has_the_same_hash_however_it_was_written() -> None:
 def test_ids_are_long_and_differ() -> None:
     ids = {submission.new_task_id() for _ in range(100)}
     assert len(ids) == 100 and {len(one) for one in ids} == {32}
+
+
+def test_a_lora_is_named_once(catalogue: Catalogue) -> None:
+    loras = [{"name": "ink"}, {"name": "soft", "scale": 0.5}, {"name": "ink", "scale": -1.0}]
+    assert refused(catalogue, loras=loras) == {"loras": "names must differ"}
+    submission.resolve(asked(loras=loras[:2]), catalogue)
