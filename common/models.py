@@ -91,6 +91,19 @@ BUILT_IN: tuple[ModelSpec, ...] = (
         max_batch=8,
     ),
     ModelSpec(
+        name="pico-stock",  # the same by the pipeline that serves other checkpoints
+        source="builtin",
+        pipeline="stock",
+        dtype="float32",
+        width=128,
+        height=128,
+        min_side=64,
+        max_side=256,
+        max_pixels=256 * 256,
+        max_tokens=128,
+        max_batch=1,
+    ),
+    ModelSpec(
         name="simulated",
         source="builtin",
         pipeline="simulated",
