@@ -55,38 +55,10 @@ class Pipeline(BasePipeline):
 
     def load(self) -> None:
         """Bring the weights onto the device; raises ModelLoadFailed with the remedy."""
-        for library in (diffusers_logging, transformers_logging):
-            library.disable_progress_bar()  # a worker's output is one JSON object a line
-        spec = self.spec
-        if spec.modes != ("text",):
-            raise ModelLoadFailed(f"model {spec.name}: pipeline stock makes pictures from text alone; set its modes so")
-        try:
-            source, local = find(spec, spec.source)
-            pipeline = DiffusionPipeline.from_pretrained(
-                source,
-                revision=None if local else spec.revision,
-                local_files_only=local,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=weights_dtype(spec, self.device),
-            )
-            self._parameters = inspect.signature(type(pipeline).__call__).parameters
-            _check_call(spec, type(pipeline).__name__, self._parameters)
-            self._pipeline = pipeline.to(self.device)
-        except ModelLoadFailed:
-            raise
-        except torch.OutOfMemoryError as error:
-            remedy = "free the GPU, choose a smaller model, or serve fewer models on this worker"
-            raise ModelLoadFailed(f"model {spec.name}: not enough GPU memory; {remedy} ({error})") from error
-        except Exception as error:  # the libraries raise nearly anything for a broken checkpoint
-            remedy = (
-                "the source must be a folder or hub id of a text-to-image checkpoint in diffusers' format, with "
-                "safetensors and no code of its own; for the hub, check the network, HF_TOKEN and the revision"
-            )
-            raise ModelLoadFailed(
-                f"model {spec.name} from {spec.source}: {type(error).__name__}: {error}; {remedy}"
-            ) from error
-        self._pipeline.set_progress_bar_config(disable=True)
+        pipeline = _load(self.spec, self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        self._pipeline = pipeline
+        self._parameters = _parameters(pipeline)
         self._calls: weakref.WeakSet[Stepwise[Any]] = weakref.WeakSet()
 
     def start(self, request: ImageRequest) -> Run:
@@ -204,6 +176,55 @@ class Pipeline(BasePipeline):
         return min(self.spec.max_tokens, own) if isinstance(own, int) else None
 
 
+def _load(spec: ModelSpec, device: str) -> Any:
+    """Return the library's pipeline with its weights on the device; raises ModelLoadFailed."""
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # a worker's output is one JSON object a line
+    if spec.modes != ("text",):
+        raise ModelLoadFailed(f"model {spec.name}: pipeline stock makes pictures from text alone; set its modes so")
+    try:
+        source, local = find(spec, spec.source)
+        pipeline = DiffusionPipeline.from_pretrained(
+            source,
+            revision=None if local else spec.revision,
+            local_files_only=local,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=weights_dtype(spec, device),
+        )
+        _check_call(spec, pipeline)
+        return pipeline.to(device)
+    except ModelLoadFailed:
+        raise
+    except torch.OutOfMemoryError as error:
+        remedy = "free the GPU, choose a smaller model, or serve fewer models on this worker"
+        raise ModelLoadFailed(f"model {spec.name}: not enough GPU memory; {remedy} ({error})") from error
+    except Exception as error:  # the libraries raise nearly anything for a broken checkpoint
+        remedy = (
+            "the source must be a folder or hub id of a text-to-image checkpoint in diffusers' format, with "
+            "safetensors and no code of its own; for the hub, check the network, HF_TOKEN and the revision"
+        )
+        cause = f"{type(error).__name__}: {error}"
+        raise ModelLoadFailed(f"model {spec.name} from {spec.source}: {cause}; {remedy}") from error
+
+
+def _parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a pipeline's call."""
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def _check_call(spec: ModelSpec, pipeline: Any) -> None:
+    """Raise ModelLoadFailed for a call that cannot be taken step by step, or has no such options."""
+    name, parameters = type(pipeline).__name__, _parameters(pipeline)
+    if missing := [argument for argument in NEEDED if argument not in parameters]:
+        raise ModelLoadFailed(
+            f"model {spec.name}: {name} cannot be called with {', '.join(missing)}, which pipeline stock needs; "
+            "choose another text-to-image checkpoint"
+        )
+    if unknown := [option for option in spec.options if option in NEEDED or option not in parameters]:
+        raise ModelLoadFailed(f"model {spec.name}: {name} has no such argument: {unknown[0]}; correct its options")
+
+
 def _call(pipeline: Any, arguments: Mapping[str, Any], count: Count) -> Callable[[Callable[[], None]], Any]:
     """Return a function that calls the library's pipeline, counts its steps, and pauses after each."""
 
@@ -218,17 +239,6 @@ def _call(pipeline: Any, arguments: Mapping[str, Any], count: Count) -> Callable
             return pipeline(**arguments, callback_on_step_end=at_step)
 
     return function
-
-
-def _check_call(spec: ModelSpec, name: str, parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Raise ModelLoadFailed for a call that cannot be taken step by step, or has no such options."""
-    if missing := [argument for argument in NEEDED if argument not in parameters]:
-        raise ModelLoadFailed(
-            f"model {spec.name}: {name} cannot be called with {', '.join(missing)}, which pipeline stock needs; "
-            "choose another text-to-image checkpoint"
-        )
-    if unknown := [option for option in spec.options if option in NEEDED or option not in parameters]:
-        raise ModelLoadFailed(f"model {spec.name}: {name} has no such argument: {unknown[0]}; correct its options")
 
 
 def _picture(output: Any, request: ImageRequest) -> NDArray[np.uint8]:

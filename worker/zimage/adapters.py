@@ -63,6 +63,7 @@ class Adapters:
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._shapes = linear_shapes(transformer)
+        self._dtype = transformer.dtype
         self._kept: OrderedDict[Version, Adapter] = OrderedDict()  # least recently used first
         self._blends: WeakValueDictionary[Parts, Blend] = WeakValueDictionary()
         self._layers: list[Any] = []  # of the transformer, those that peft has wrapped
@@ -103,7 +104,8 @@ class Adapters:
             return
         names = [name for name, _ in blend.parts]
         for layer in self._layers:
-            layer.set_adapter(names, inference_mode=True)
+            # set_adapter would go through the gradients of all that is loaded: as long as a step
+            layer._active_adapter = names
             for name, scale in blend.parts:
                 layer.set_scale(name, scale)
         self._active = blend.parts
@@ -120,9 +122,14 @@ class Adapters:
     @torch.no_grad()
     def _load(self, version: Version, needed: Collection[str]) -> Adapter:
         path = version.path
+        if any(hasattr(module, "_diffusers_hook") for module in self._transformer.modules()):
+            # which moves weights by lists it made beforehand, and would trip over new ones
+            raise LoraUnusable(
+                "this worker's GPU is too small for LoRAs: its transformer waits in the machine's memory"
+            )
         if version.size > self._max_bytes:
             raise LoraUnusable(f"LoRA {path.stem} has {version.size // MIB} MiB; at most {self._max_bytes // MIB} fit")
-        weights = read_lora(path, self._shapes, self._transformer.dtype)
+        weights = read_lora(path, self._shapes, self._dtype)
         if _version(path) != version:
             raise LoraUnusable(f"LoRA {path.stem} was written to while it was read; submit the task again")
         self._make_room(weights.nbytes, needed)
@@ -139,6 +146,7 @@ class Adapters:
                 raise
             raise LoraUnusable(f"LoRA {path.stem} does not fit this model ({error})") from error
         self._find_layers()
+        self._transformer.requires_grad_(False)
         return Adapter(name, weights.nbytes, weights.text_encoder)
 
     def _make_room(self, nbytes: int, needed: Collection[str]) -> None:
@@ -158,7 +166,7 @@ class Adapters:
         self._find_layers()
         self._active = None
         for layer in self._layers:
-            layer.set_adapter([], inference_mode=True)  # else peft would choose another, and warn of that
+            layer._active_adapter = []  # else peft would choose another, and warn of that
         self._transformer.delete_adapters(list(names))
         if not self._kept:
             self._transformer.unload_lora()

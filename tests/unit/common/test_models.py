@@ -11,7 +11,7 @@ from common.settings import load_settings
 
 def test_the_built_in_models_are_there() -> None:
     catalogue = load_catalogue()
-    assert list(catalogue) == ["turbo", "base", "pico", "simulated"]
+    assert list(catalogue) == ["turbo", "base", "pico", "pico-stock", "simulated"]
     assert (catalogue["turbo"].steps, catalogue["turbo"].guidance_scale) == (8, 0.0)
 
 

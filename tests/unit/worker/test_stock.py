@@ -88,7 +88,7 @@ def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sample_size=64, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=8,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         ),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("diffusion")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from diffusers.hooks import apply_group_offloading
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
@@ -420,6 +421,16 @@ def test_no_room_on_the_device_is_told_as_such(
     assert not wrapped(pipeline)
     np.testing.assert_array_equal(picture(pipeline), before)
     picture(pipeline, Lora(path, 1.0))
+
+
+def test_a_transformer_that_is_offloaded_takes_none(tmp_path: Path) -> None:
+    offloaded = load()
+    cpu = torch.device("cpu")
+    apply_group_offloading(offloaded._parts.transformer, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    before = picture(offloaded)
+    with pytest.raises(LoraUnusable, match="GPU is too small for LoRAs"):
+        picture(offloaded, Lora(write_lora(tmp_path / "a.safetensors"), 1.0))
+    np.testing.assert_array_equal(picture(offloaded), before)
 
 
 def test_a_part_for_the_text_encoder_is_left_out_with_a_warning(pipeline: Pipeline, stock: Any, tmp_path: Path) -> None:
