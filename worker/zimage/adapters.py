@@ -104,7 +104,7 @@ class Adapters:
             return
         names = [name for name, _ in blend.parts]
         for layer in self._layers:
-            # set_adapter would go through the gradients of all that is loaded: as long as a step
+            # set_adapter would go through the gradients of all that is loaded, which takes a good part of a step
             layer._active_adapter = names
             for name, scale in blend.parts:
                 layer.set_scale(name, scale)
