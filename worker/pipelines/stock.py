@@ -26,7 +26,8 @@ from common.models import ModelSpec
 from worker.pipelines.base import MIB, BasePipeline, ImageRequest, Run
 from worker.stepwise import Stepwise
 from worker.zimage.errors import named_errors
-from worker.zimage.parts import find, weights_dtype
+from worker.zimage.parts import weights_dtype
+from worker.zimage.sources import local_folder
 
 NEEDED = ("prompt", "num_inference_steps", "generator", "callback_on_step_end")  # arguments no call can do without
 
@@ -183,11 +184,11 @@ def _load(spec: ModelSpec, device: str) -> Any:
     if spec.modes != ("text",):
         raise ModelLoadFailed(f"model {spec.name}: pipeline stock makes pictures from text alone; set its modes so")
     try:
-        source, local = find(spec, spec.source)
+        folder = local_folder(spec, spec.source)
         pipeline = DiffusionPipeline.from_pretrained(
-            source,
-            revision=None if local else spec.revision,
-            local_files_only=local,
+            folder or spec.source,
+            revision=None if folder else spec.revision,
+            local_files_only=folder is not None,
             use_safetensors=True,
             trust_remote_code=False,
             dtype=weights_dtype(spec, device),

@@ -33,15 +33,22 @@ def find(spec: ModelSpec, source: str, revision: str | None) -> Source:
 
     Raises ModelLoadFailed for a folder that is not there; the hub's own errors pass.
     """
-    if source == "builtin":
-        return Source(pico.FOLDER, source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return Source(path, source)
-    if source.startswith((".", "/", "~")):
-        raise ModelLoadFailed(f"model {spec.name}: there is no folder {path}; correct its source")
+    if here := local_folder(spec, source):
+        return Source(here, source)
     folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
     return Source(folder, f"{source}@{folder.name[:12]}")  # a snapshot's folder is named after its commit
+
+
+def local_folder(spec: ModelSpec, source: str) -> Path | None:
+    """Return the folder of a source on this machine, or None for a hub id; raises ModelLoadFailed for no folder."""
+    if source == "builtin":
+        return pico.FOLDER
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if source.startswith((".", "/", "~")):
+        raise ModelLoadFailed(f"model {spec.name}: there is no folder {path}; correct its source")
+    return None
 
 
 def remedy(spec: ModelSpec, error: Exception) -> str:
