@@ -61,8 +61,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def machine(redis_version: str) -> dict[str, Any]:
-    """Return what the figures depend on."""
+def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Return what the figures depend on, the versions of these packages among it."""
     model = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -73,8 +73,7 @@ def machine(redis_version: str) -> dict[str, Any]:
         "system": platform.platform(),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
-        "redis_server": redis_version,
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: metadata.version(name) for name in packages},
     }
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tempfile.TemporaryDirectory(prefix="zfleet-bench-") as folder,
             Fleet(Path(folder), image_ms=IMAGE_MS) as fleet,
         ):
-            about = machine(str(fleet.redis.info("server")["redis_version"]))
+            about = machine() | {"redis_server": str(fleet.redis.info("server")["redis_version"])}
             speed = [picture.calibration_ms()]
             rows = measure(fleet, plan)
             speed.append(picture.calibration_ms())
