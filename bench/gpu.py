@@ -27,6 +27,7 @@ from bench.gpu_cases import GIB, Plan, Say
 from bench.gpu_makers import Maker, StepBatches, StockCalls
 from bench.gpu_meter import Meter
 from bench.gpu_models import Models, Shape
+from worker.zimage.parts import Parts
 from zfleet.interrupts import Interrupts
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,10 +82,11 @@ def measure(shape: Shape, plan: Plan, *, device: str, dtype: torch.dtype, say: S
     yield {"dtype": str(dtype).removeprefix("torch."), "matmul": best}
     models = gpu_models.make(shape, device=device, dtype=dtype, seed=SEED, say=say)
     yield {"weights": {"parameters": models.parameters(), "gib": models.weight_bytes() / GIB}}
-    ours = StepBatches(models, device=device)
+    parts = models.parts()
+    ours = StepBatches(parts, device=device)
     makers: tuple[Maker, ...] = (ours, StockCalls(models))
     cases: list[dict[str, Any]] = []
-    with metered(models, device) as meter:
+    with metered(models, parts, device) as meter:
         for case in gpu_cases.cases(plan):
             for figures in gpu_cases.measure(case, makers, meter, device=device, say=say):
                 if "dit_tflop_per_s" in figures:
@@ -94,11 +96,11 @@ def measure(shape: Shape, plan: Plan, *, device: str, dtype: torch.dtype, say: S
         yield {"emptying": gpu_cases.emptying(ours, meter, plan, device=device, say=say)}
 
 
-def metered(models: Models, device: str) -> Meter:
+def metered(models: Models, parts: Parts, device: str) -> Meter:
     networks = {
-        "transformer": models.transformer,
-        "text_encoder": models.text_encoder,
-        "vae": models.vae.decoder,  # once for each tile
+        "transformer": [models.transformer],
+        "text_encoder": [models.text_encoder, parts.text_encoder],
+        "vae": [models.vae.decoder],  # once for each tile
     }
     return Meter(networks, device)
 

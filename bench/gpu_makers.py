@@ -16,6 +16,7 @@ from bench.gpu_models import Models
 from common.models import BUILT_IN
 from worker.pipelines.base import ImageRequest
 from worker.pipelines.zimage import Pipeline
+from worker.zimage.parts import Parts
 
 TURBO = next(spec for spec in BUILT_IN if spec.name == "turbo")
 
@@ -42,9 +43,9 @@ class StepBatches:
 
     name = "zfleet"
 
-    def __init__(self, models: Models, *, device: str) -> None:
+    def __init__(self, parts: Parts, *, device: str) -> None:
         self.pipeline = Pipeline(TURBO, device=device)
-        self.pipeline.adopt(models)
+        self.pipeline.adopt(parts)
 
     def make(
         self, requests: Sequence[ImageRequest], together: int, *, retired: Callable[[], None] = lambda: None

@@ -21,8 +21,10 @@ class Meter:
     On a GPU the times are those of events in its stream, and are to be read after a synchronisation.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module], device: str) -> None:
-        """One of the networks is the `transformer`, whose items and arithmetic are counted as well."""
+    def __init__(self, networks: Mapping[str, Sequence[nn.Module]], device: str) -> None:
+        """Each name stands for the modules that do its work, of which one is called at a time. One of the names is
+        `transformer`, whose items and arithmetic are counted as well.
+        """
         self._networks = dict(networks)
         self._device = device
         self._handles: list[Any] = []
@@ -43,7 +45,7 @@ class Meter:
         return [self._between(*span) for span in self._spans[name]]
 
     def __enter__(self) -> Self:
-        for name, network in self._networks.items():
+        for name, network in ((name, network) for name, networks in self._networks.items() for network in networks):
             self._handles += [
                 network.register_forward_pre_hook(self._before(name), with_kwargs=True),
                 network.register_forward_hook(self._after(name)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from worker import pico
+from worker.zimage.parts import Parts
+from worker.zimage.skeletons import empty_text_encoder
 
 NETWORKS = ("transformer", "text_encoder", "vae")
 
@@ -64,18 +67,24 @@ TINY = Shape(
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """A model's parts, by the names that `worker/pipelines/zimage.py` knows them by."""
+    """A whole model, as a checkpoint holds it."""
 
     scheduler: Any
     vae: Any
     text_encoder: Any
     tokenizer: Any
     transformer: Any
-    siglip: None = None
-    siglip_processor: None = None
-    controlnet: None = None
-    vae_scale_factor: int = 8
-    loaded_from: str = "random weights"
+
+    def parts(self) -> Parts:
+        """Return the model as our pipeline would have loaded it, on the same weights."""
+        return Parts(
+            scheduler=self.scheduler,
+            vae=self.vae,
+            text_encoder=shortened(self.text_encoder),
+            tokenizer=self.tokenizer,
+            transformer=self.transformer,
+            loaded_from="random weights",
+        )
 
     def stock(self) -> Any:
         """Return the stock pipeline around the same networks.
@@ -154,6 +163,14 @@ def fill(network: nn.Module, *, device: str, dtype: torch.dtype, seed: int) -> N
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)
     _make_buffers(network, device)
     network.eval().requires_grad_(False)
+
+
+def shortened(encoder: Any) -> Any:
+    """Return a text encoder of the same layers that ends with the one before the last, as ours are loaded."""
+    with torch.device("meta"):
+        own = empty_text_encoder(type(encoder), copy.deepcopy(encoder.config))
+    own.embed_tokens, own.layers, own.rotary_emb = encoder.embed_tokens, encoder.layers[:-1], encoder.rotary_emb
+    return own.eval()
 
 
 def count(network: nn.Module) -> int:

@@ -104,13 +104,24 @@ def test_nothing_is_left_on_the_meta_device_and_the_rotary_frequencies_are_right
 
 
 def test_as_deep_as_the_real_networks_they_make_pictures_that_are_neither_flat_nor_broken() -> None:
-    ours = StepBatches(made(DEEP, dtype=torch.bfloat16), device="cpu")
+    ours = StepBatches(made(DEEP, dtype=torch.bfloat16).parts(), device="cpu")
     case = gpu_cases.Case(name="deep", number=0, sides=(64, 64), together=2, repeats=1)
     found = ours.make(case.requests(1), case.together)
     for picture, latents in zip(found.pictures, found.latents, strict=True):
         assert picture.std() > 10
         assert 0.3 < float(latents.std()) < 3
     assert gpu_cases.psnr_db(*found.pictures) < 20, "another seed, another picture"
+
+
+def test_the_text_encoder_that_ends_early_has_the_same_layers() -> None:
+    models = made()
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        whole = models.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
+        early = models.parts().text_encoder(tokens).last_hidden_state
+    assert torch.equal(whole, early)
+    weights = {weight.data_ptr() for weight in models.text_encoder.parameters()}
+    assert {weight.data_ptr() for weight in models.parts().text_encoder.parameters()} < weights
 
 
 # The command
@@ -143,7 +154,8 @@ def test_ours_draws_what_the_stock_pipeline_draws() -> None:
     models = made()
     case = gpu_cases.Case(name="mixed", number=0, sides=(64, 96, 64), together=2, repeats=1)
     ours, stock = (
-        maker.make(case.requests(1), case.together) for maker in (StepBatches(models, device="cpu"), StockCalls(models))
+        maker.make(case.requests(1), case.together)
+        for maker in (StepBatches(models.parts(), device="cpu"), StockCalls(models))
     )
     found = gpu_cases.difference(ours, stock)
     assert found["latents_relative"] <= 1e-5
@@ -196,8 +208,9 @@ class Greedy(StockCalls):
 def test_a_case_that_does_not_fit_is_told_and_the_others_go_on() -> None:
     models = made()
     case = gpu_cases.Case(name="two", number=0, sides=(64, 64), together=2, repeats=1)
-    makers = (StepBatches(models, device="cpu"), Greedy(models))
-    with gpu.metered(models, "cpu") as meter:
+    parts = models.parts()
+    makers = (StepBatches(parts, device="cpu"), Greedy(models))
+    with gpu.metered(models, parts, "cpu") as meter:
         found = list(gpu_cases.measure(case, makers, meter, device="cpu", say=quiet))
     assert [each["maker"] for each in found] == ["zfleet", "stock"]
     assert found[0]["forwards"] == 8 and found[1]["error"] == "out of memory: too many"
