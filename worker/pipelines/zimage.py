@@ -19,6 +19,7 @@ from worker.zimage.errors import named_errors
 from worker.zimage.forward import Item, predict
 from worker.zimage.guidance import guide, guided_steps
 from worker.zimage.inputs import Kept, begin
+from worker.zimage.memory import peak_bytes
 from worker.zimage.modes import check_modes
 from worker.zimage.omni import References, check_room, prepare_references
 from worker.zimage.parts import Parts, load_parts
@@ -26,6 +27,7 @@ from worker.zimage.previews import Previews, predicted
 from worker.zimage.prompts import Prompts
 from worker.zimage.residue import Traces, allocated_bytes, release_cache, weight_bytes
 from worker.zimage.schedule import schedule
+from worker.zimage.shape import shape_of
 
 
 @dataclass(kw_only=True, eq=False)
@@ -229,6 +231,19 @@ class Pipeline(BasePipeline):
     def counters(self) -> Mapping[str, float]:
         """Return what is counted about encoded prompts."""
         return self._prompts.counters() if self._loaded else {}
+
+    def peak_bytes(self, requests: Sequence[ImageRequest]) -> int:
+        """Return an estimate, from above, of what these pictures take beside the weights while made together."""
+        return peak_bytes(
+            shape_of(self._parts),
+            requests,
+            count=self._count_tokens,
+            tile_above=self.tuning.tile_above,
+            device=self.device,
+        )
+
+    def _count_tokens(self, text: str) -> int:
+        return min(len(self._parts.tokenizer(text, verbose=False).input_ids), self.spec.max_tokens)
 
     def memory_used_mb(self) -> int:
         """Device memory in live tensors of this process, in MiB; 0 on a CPU.

@@ -1,0 +1,98 @@
+"""What pictures take of a device's memory while Z-Image makes them together, beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from worker.pipelines.base import MIB, ImageRequest
+from worker.zimage.calls import FLOAT32, Item, decode_bytes, denoise_bytes, encode_bytes, text_bytes, tokens_of
+from worker.zimage.shape import Autoencoder, Shape, Transformer
+
+SAFETY = (
+    1.1  # what an allocator loses to rounding and to gaps; on a CPU, where nothing is lost, the formulas alone hold
+)
+CUDA_WORKSPACE = 64 * MIB  # cuBLAS and cuBLASLt keep 32 MiB each on Hopper, 8 and 1 before
+CHAT = 8  # tokens that the chat template puts around a prompt
+MARK = 16  # tokens at most of what stands before or after a picture, in a tokenizer that does not know the mark
+FITTED = 1024 * 1024  # pixels; a larger reference picture is brought to the size of the picture asked for
+LATENTS = 5  # held by a run: now, before the last step, and of a picture that is painted into, its noise, its mask
+
+Count = Callable[[str], int]  # the tokens of a text
+
+
+def peak_bytes(shape: Shape, requests: Sequence[ImageRequest], *, count: Count, tile_above: int, device: str) -> int:
+    """Return an estimate, from above, of what these pictures take while they are made together.
+
+    It is what all of them hold, and the largest call: one forward for all, or the decoding, the encoding or the text
+    of any one. `count` gives the tokens of a text; a picture above `tile_above` pixels is decoded in tiles no larger.
+    SigLIP's own call is left out: a forward over what it makes is several times wider.
+    """
+    if not requests:
+        return 0
+    transformer, autoencoder = shape.transformer, shape.autoencoder
+    items = [item for request in requests for item in items_of(shape, request, count)]
+    held = sum(_held(shape, request, count) for request in requests) + _lora_bytes(requests)
+    moving = len(items) * 2 * max(_latents(autoencoder, request) for request in requests)
+    calls = [denoise_bytes(transformer, items) + moving]
+    for request in requests:
+        calls.append(decode_bytes(autoencoder, request.width, request.height, tile=tile_above))
+        calls += [encode_bytes(autoencoder, width, height) for width, height in _given(request)]
+    calls += [text_bytes(shape.text_encoder, max(item.caption)) for item in items]
+    return int((held + max(calls)) * SAFETY) + (CUDA_WORKSPACE if device == "cuda" else 0)
+
+
+def items_of(shape: Shape, request: ImageRequest, count: Count) -> Iterator[Item]:
+    """Yield what a picture brings to a forward: one sequence or, with guidance, two."""
+    transformer, factor = shape.transformer, shape.autoencoder.factor
+    references = tuple(tokens_of(width, height, factor) for width, height in _references(request))
+    for text in (request.prompt, request.negative_prompt or "")[: 1 + (request.guidance_scale > 0)]:
+        tokens = CHAT + count(text)
+        yield Item(
+            picture=tokens_of(request.width, request.height, factor),
+            caption=(2 * MARK + tokens, *[MARK] * (len(references) + 1)) if references else (tokens,),
+            references=references,
+            features=(transformer.features_tokens,) * len(references),
+            control=request.control_image is not None,
+        )
+
+
+def _held(shape: Shape, request: ImageRequest, count: Count) -> int:
+    """Return the bytes that a run holds between steps: latents, captions, and what it reads of other pictures."""
+    transformer, autoencoder = shape.transformer, shape.autoencoder
+    latents = _latents(autoencoder, request)
+    held = LATENTS * latents
+    for item in items_of(shape, request, count):
+        held += sum(item.caption) * transformer.caption_dim * transformer.dtype_bytes
+    if transformer.controlnet is not None and request.control_image is not None:
+        held += latents * transformer.controlnet.channels // transformer.channels
+    return held + sum(_reference_bytes(transformer, autoencoder, size) for size in _references(request))
+
+
+def _latents(shape: Autoencoder, request: ImageRequest) -> int:
+    """Bytes of a picture's latents in float32."""
+    return shape.channels * (request.width // shape.factor) * (request.height // shape.factor) * FLOAT32
+
+
+def _reference_bytes(transformer: Transformer, autoencoder: Autoencoder, size: tuple[int, int]) -> int:
+    features = transformer.features_tokens * transformer.features_dim * FLOAT32
+    return autoencoder.channels * size[0] * size[1] // autoencoder.factor**2 * FLOAT32 + features
+
+
+def _references(request: ImageRequest) -> Iterator[tuple[int, int]]:
+    """Yield the sizes (width, height) at which reference pictures are read."""
+    for picture in request.reference_images:
+        height, width = picture.shape[:2]
+        yield (width, height) if width * height <= FITTED else (request.width, request.height)
+
+
+def _given(request: ImageRequest) -> Iterator[tuple[int, int]]:
+    """Yield the sizes (width, height) of the pictures that are encoded."""
+    if request.init_image is not None or request.control_image is not None:
+        yield request.width, request.height
+    yield from _references(request)
+
+
+def _lora_bytes(requests: Sequence[ImageRequest]) -> int:
+    """Return the size of the LoRAs' files, each once: about what they take on the device."""
+    paths = {lora.path for request in requests for lora in request.loras}
+    return sum(path.stat().st_size for path in paths if path.is_file())
