@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from worker.pipelines.base import MIB, ImageRequest
 from worker.zimage.calls import FLOAT32, Item, decode_bytes, denoise_bytes, encode_bytes, text_bytes, tokens_of
@@ -23,22 +23,32 @@ Count = Callable[[str], int]  # the tokens of a text
 def peak_bytes(shape: Shape, requests: Sequence[ImageRequest], *, count: Count, tile_above: int, device: str) -> int:
     """Return an estimate, from above, of what these pictures take while they are made together.
 
-    It is what all of them hold, and the largest call: one forward for all, or the decoding, the encoding or the text
-    of any one. `count` gives the tokens of a text; a picture above `tile_above` pixels is decoded in tiles no larger.
+    It is what all of them hold, and the largest call: one forward for all that share a step, or the decoding, the
+    encoding or the text of any one. `count` gives the tokens of a text; a picture above `tile_above` pixels is decoded
+    in tiles no larger.
     SigLIP's own call is left out: a forward over what it makes is several times wider.
     """
     if not requests:
         return 0
     transformer, autoencoder = shape.transformer, shape.autoencoder
-    items = [item for request in requests for item in items_of(shape, request, count)]
-    held = sum(_held(shape, request, count) for request in requests) + _lora_bytes(requests)
-    moving = len(items) * 2 * max(_latents(autoencoder, request) for request in requests)
-    calls = [denoise_bytes(transformer, items) + moving]
+    held, moving = _lora_bytes(requests), 0
+    calls: list[int] = []
+    forwards: dict[Hashable, list[Item]] = {}
     for request in requests:
+        items = list(items_of(shape, request, count))
+        forwards.setdefault(_sharing(request), []).extend(items)
+        held += _held(shape, request, items)
+        moving += 2 * len(items) * _latents(autoencoder, request)
         calls.append(decode_bytes(autoencoder, request.width, request.height, tile=tile_above))
         calls += [encode_bytes(autoencoder, width, height) for width, height in _given(request)]
-    calls += [text_bytes(shape.text_encoder, max(item.caption)) for item in items]
+        calls += [text_bytes(shape.text_encoder, max(item.caption)) for item in items]
+    calls += [denoise_bytes(transformer, items) + moving for items in forwards.values()]
     return int((held + max(calls)) * SAFETY) + (CUDA_WORKSPACE if device == "cuda" else 0)
+
+
+def _sharing(request: ImageRequest) -> Hashable:
+    """Return what differs between pictures that may not share a step."""
+    return bool(request.reference_images), frozenset(dict(request.loras).items())
 
 
 def items_of(shape: Shape, request: ImageRequest, count: Count) -> Iterator[Item]:
@@ -56,12 +66,12 @@ def items_of(shape: Shape, request: ImageRequest, count: Count) -> Iterator[Item
         )
 
 
-def _held(shape: Shape, request: ImageRequest, count: Count) -> int:
+def _held(shape: Shape, request: ImageRequest, items: Sequence[Item]) -> int:
     """Return the bytes that a run holds between steps: latents, captions, and what it reads of other pictures."""
     transformer, autoencoder = shape.transformer, shape.autoencoder
     latents = _latents(autoencoder, request)
     held = LATENTS * latents
-    for item in items_of(shape, request, count):
+    for item in items:
         held += sum(item.caption) * transformer.caption_dim * transformer.dtype_bytes
     if transformer.controlnet is not None and request.control_image is not None:
         held += latents * transformer.controlnet.channels // transformer.channels
