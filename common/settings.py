@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -11,9 +12,10 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from common.errors import ConfigurationError
-from common.models import Catalogue, load_catalogue
+from common.models import SIZE_MULTIPLE, Catalogue, load_catalogue
 
 PREFIX = "ZFLEET_"
+_SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -98,6 +100,15 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("warm_sizes")
+    @classmethod
+    def _are_sizes(cls, sizes: tuple[str, ...]) -> tuple[str, ...]:
+        for size in sizes:
+            sides = _SIZE.fullmatch(size)
+            if not sides or any(int(side) % SIZE_MULTIPLE for side in sides.groups()):
+                raise ValueError(f"must be sizes as 1024x1024, multiples of {SIZE_MULTIPLE} pixels")
+        return sizes
+
     @field_validator("beat_s")
     @classmethod
     def _beats_fit_into_a_lease(cls, beat_s: float, info: ValidationInfo) -> float:
@@ -128,6 +139,21 @@ class Settings(BaseSettings):
         """Return the models this process serves; raises ConfigurationError for one nobody defined."""
         simulated = {"image_ms": self.simulated_image_ms, "load_ms": self.simulated_load_ms}
         return load_catalogue(self.models_file, {"simulated": simulated}).select(self.models)
+
+    def models_to_keep(self) -> tuple[str, ...]:
+        """Return the models that are loaded ahead; raises ConfigurationError for one that is not served here."""
+        if self.prewarm is None:
+            return self.models[:1]
+        if strangers := [name for name in self.prewarm if name not in self.models]:
+            raise ConfigurationError(
+                f"{PREFIX}PREWARM: {strangers[0]!r} is not among {PREFIX}MODELS, which are: {', '.join(self.models)}"
+            )
+        return self.prewarm
+
+    def sizes_to_warm(self) -> list[tuple[int, int]]:
+        """Return the sizes to warm models for, each as width and height in pixels."""
+        sides = (size.split("x") for size in self.warm_sizes)
+        return [(int(width), int(height)) for width, height in sides]
 
     def environment(self) -> dict[str, str]:
         """Return the variables that make a child process read these same settings."""

@@ -99,7 +99,7 @@ def _add_health(api: Api, broker: Broker, catalogue: Catalogue, disk: DiskGuard)
         """Tell whether a task submitted now would be accepted and run: Redis, room for results, and a live worker."""
         broker.probe()
         disk.check()
-        if not any(card.models_loaded and card.state != "lost" for card in broker.workers()):
+        if all(card.state in ("loading", "lost") for card in broker.workers()):
             raise NoWorker("no worker is alive; start one with: zfleet worker")
         return json_answer(Ready(), headers=NO_STORE)
 

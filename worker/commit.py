@@ -95,6 +95,7 @@ class Committer:
         status = task.outcome
         assert status == "succeeded" or status == "failed" or status == "canceled"
         stages = StageTimings(
+            load_ms=_ms(task.load_s),
             encode_ms=_ms(task.encode_s),
             denoise_ms=_ms(task.denoise_s),
             decode_ms=_ms(task.decode_s),
@@ -108,7 +109,7 @@ class Committer:
             error=task.error,
             warnings=task.warnings,
             stages=stages,
-            busy_ms=task.busy_s * 1000,
+            busy_ms=(task.busy_s - task.load_s) * 1000,  # what the next one may take
             give_up=self._abandoned,
         )
         if verdict == "lost":

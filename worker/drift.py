@@ -35,12 +35,18 @@ class Drift:
         self._window_s = window_s
         self._warmup_s = warmup_s
         self._samples: deque[tuple[float, Sample]] = deque()  # of a window and a quarter
-        self._next = 0.0
+        self._next = warmup_s
         self._base: Sample | None = None
 
     def due(self, age_s: float) -> bool:
         """Whether a worker of this age should be looked at now."""
-        return age_s >= max(self._warmup_s, self._next)
+        return age_s >= self._next
+
+    def restart(self, age_s: float) -> None:
+        """Forget what was measured: from this age on the worker does something else, and warms up again."""
+        self._samples.clear()
+        self._base = None
+        self._next = age_s + self._warmup_s
 
     def grown(self, age_s: float, sample: Sample) -> Growth | None:
         """Take in a sample of a worker of this age; return what has grown past the limit, if anything."""

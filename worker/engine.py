@@ -1,6 +1,7 @@
 """Which runs advance together, at every denoising step: step-level continuous batching.
 
-The engine knows tasks and pipelines, not queues: other threads offer it tasks and take finished ones off it.
+The engine knows tasks and pipelines, not queues: other threads offer it tasks and take finished ones off it. Tasks
+begin strictly in their order, so that none that needs much memory is overtaken for ever.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from common.errors import DeadlineExceeded, DeviceFailed, FleetError, OutOfMemory, PipelineFailed
+from common.errors import DeadlineExceeded, DeviceFailed, FleetError, ModelLoadFailed, OutOfMemory, PipelineFailed
 from common.schemas import TaskError
 from common.telemetry import get_logger
-from worker.heartbeat import Heartbeat, Stage
+from worker.batches import Batches
+from worker.heartbeat import Heartbeat, InHand, Stage
 from worker.held import HeldTask, Outcome, Picture
-from worker.pipelines.base import BasePipeline, ImageRequest
+from worker.loans import Loans, Models
 
 log = get_logger()
 
@@ -29,7 +31,7 @@ class Engine:
     def __init__(
         self,
         *,
-        pipeline: Callable[[str], BasePipeline],
+        models: Models,
         batch_limits: Mapping[str, int],
         retire: Callable[[HeldTask], None],
         stepped: Callable[[], None] = lambda: None,
@@ -41,14 +43,15 @@ class Engine:
         picture may be in the making; `retire` is given every task that has its outcome, and must not block; `stepped`
         is called after each step. A task whose lease was not renewed for `fence_after_s` is dropped.
         """
-        self._pipeline = pipeline
-        self._limits = dict(batch_limits)
+        self._models = models
+        self._loans = Loans(models)
+        self._batches = Batches(models, batch_limits)
         self._retire = retire
         self._stepped = stepped
         self._run_limits = dict(run_limits or {})
         self._fence_after_s = fence_after_s
         self._heartbeat = heartbeat or Heartbeat()
-        self._capacity = max(self._limits.values())
+        self._capacity = max(batch_limits.values())
         self._changed = threading.Condition()
         self._inbox: deque[HeldTask] = deque()  # offered, not yet seen by the engine's thread
         self._room = self._capacity
@@ -57,7 +60,8 @@ class Engine:
         self._active: list[Picture] = []
         self._held: list[HeldTask] = []  # taken in and without an outcome
         self._leaving: HeldTask | None = None  # one that had to be alone, and is still being stored
-        self._last_model = ""
+        self._blocked = False  # the first in line has to wait for memory
+        self._dropped: dict[str, list[InHand]] = {}  # by model: whose pictures were taken off the device in this turn
 
     @property
     def capacity(self) -> int:
@@ -75,6 +79,8 @@ class Engine:
         with self._changed:
             self._inbox.append(task)
             self._room -= task.claimed.request.n
+            if self._loans.lacks(task):
+                self._room = 0
             self._changed.notify_all()
 
     def await_room(self, timeout_s: float) -> int:
@@ -100,7 +106,7 @@ class Engine:
         """
         self._admit(wait_s)
         self._drop_stopped()
-        batch = self._next_batch()
+        batch = self._batches.next(self._active)
         if batch:
             self._announce_room(batch)
             self._step(batch)
@@ -110,6 +116,7 @@ class Engine:
                     self._finish(picture)
         else:
             self._announce_room(())
+        self._tidy()
         self._heartbeat.at(Stage.IDLE)
         return bool(batch)
 
@@ -119,6 +126,7 @@ class Engine:
         for task in tuple(self._held):
             if begun or task.began is None:
                 self._end(task, "released")
+        self._tidy()
         self._heartbeat.at(Stage.IDLE)
 
     def abandon(self) -> None:
@@ -134,12 +142,20 @@ class Engine:
                 self._retire(task)
 
     def _admit(self, wait_s: float) -> None:
+        self._blocked = False
         if self._held and not self._inbox and not self._waiting:
             return  # the usual case between two steps
         self._take_in(wait_s)
         while self._waiting and len(self._active) < self._capacity:
             task, index = self._waiting[0]
             if self._must_wait(task):
+                return
+            self._heartbeat.loading([task.in_hand])
+            self._blocked = not (self._has_model(task) and self._has_memory(task, index))
+            if task.outcome is not None:
+                self._blocked = False
+                continue  # it could not be begun, and is gone
+            if self._blocked:
                 return
             self._waiting.popleft()
             self._start(task, index)
@@ -164,25 +180,44 @@ class Engine:
         others = [picture.task for picture in self._active if picture.task is not task]
         return bool(others) and (task.alone or any(other.alone for other in others))
 
+    def _has_model(self, task: HeldTask) -> bool:
+        """Whether the task's model is in memory, where it stays until the task leaves; loads it if there is room."""
+        began = time.perf_counter()
+        try:
+            load_s = self._loans.borrow(task)
+        except ModelLoadFailed:  # which has been told; another worker may be able to
+            self._end(task, "released")
+            return False
+        if load_s:
+            self._stood_still(load_s)
+            task.load_s, task.began = load_s, began
+        return load_s is not None
+
+    def _stood_still(self, seconds: float) -> None:
+        """Do not count against any picture the time in which the device was at something else."""
+        for task in self._held:
+            task.fuses = {index: stop_at + seconds for index, stop_at in task.fuses.items()}
+            task.began = task.began and task.began + seconds
+
+    def _has_memory(self, task: HeldTask, index: int) -> bool:
+        """Whether there is memory for this picture beside those that are being made; with none of them it is tried."""
+        model = task.claimed.request.model
+        beside = [picture.run.request for picture in self._active if picture.model == model]
+        try:
+            return self._models.fits(model, [*beside, task.asked(index)]) or not self._active
+        except OutOfMemory as error:
+            self._refuse(task, error)
+            return False
+
     def _start(self, task: HeldTask, index: int) -> None:
-        request = task.claimed.request
+        model = task.claimed.request.model
         began = time.perf_counter()
         task.began = task.began or began
-        if limit_s := self._run_limits.get(request.model):
+        if limit_s := self._run_limits.get(model):
             task.fuses[index] = time.monotonic() + limit_s
         self._heartbeat.busy([task.in_hand])
         try:
-            run = self._pipeline(request.model).start(
-                ImageRequest(
-                    prompt=request.prompt,
-                    negative_prompt=request.negative_prompt,
-                    width=request.width,
-                    height=request.height,
-                    steps=request.steps,
-                    guidance_scale=request.guidance_scale,
-                    seed=request.seed + index,
-                )
-            )
+            run = self._models.pipeline(model).start(task.asked(index))
         except DeviceFailed:
             raise
         except Exception as error:
@@ -217,31 +252,19 @@ class Engine:
         log.warning("fuse_tripped", task_id=task.claimed.task_id, request_id=task.claimed.request_id, cause=cause)
         self._fail(task, DeadlineExceeded(message))
 
-    def _next_batch(self) -> list[Picture]:
-        """The runs of one model, up to its limit; models with active runs take turns."""
-        if len(self._limits) == 1:
-            (self._last_model,) = self._limits
-            return self._active[: self._capacity]
-        models = sorted({picture.task.claimed.request.model for picture in self._active})
-        if not models:
-            return []
-        after = [model for model in models if model > self._last_model]
-        self._last_model = (after or models)[0]
-        batch = [picture for picture in self._active if picture.task.claimed.request.model == self._last_model]
-        return batch[: self._limits[self._last_model]]
-
     def _announce_room(self, batch: Sequence[Picture]) -> None:
         leaving = sum(picture.run.step + 1 >= picture.run.request.steps for picture in batch)
         with self._changed:
             offered = sum(task.claimed.request.n for task in self._inbox)
             self._room = self._capacity - len(self._active) - len(self._waiting) - offered + leaving
-            if any(task.alone for task in self._held):
+            if self._blocked or any(task.alone or self._loans.lacks(task) for task in (*self._held, *self._inbox)):
                 self._room = 0  # whatever came would stand behind it, while other workers may be free
             if self._room > 0:
                 self._changed.notify_all()
 
     def _step(self, batch: Sequence[Picture]) -> None:
-        pipeline = self._pipeline(self._last_model)
+        model = batch[0].model
+        pipeline = self._models.pipeline(model)
         self._heartbeat.busy([task.in_hand for task in dict.fromkeys(picture.task for picture in batch)])
         try:
             pipeline.step([picture.run for picture in batch])
@@ -252,7 +275,7 @@ class Engine:
             if len(batch) == 1:
                 self._fail(batch[0].task, error)
                 return
-            log.warning("step_failed", model=self._last_model, batch=len(batch), error=type(error).__name__)
+            log.warning("step_failed", model=model, batch=len(batch), error=type(error).__name__)
         # One run may have broken the forward of all: each goes on alone, and only the culprit fails. Not within the
         # handler, where the error would keep alive what the failed forward had put into memory.
         pipeline.release_memory()
@@ -262,7 +285,7 @@ class Engine:
 
     def _finish(self, picture: Picture) -> None:
         task = picture.task
-        pipeline = self._pipeline(task.claimed.request.model)
+        pipeline = self._models.pipeline(picture.model)
         began = time.perf_counter()
         self._heartbeat.busy([task.in_hand])
         try:
@@ -286,6 +309,9 @@ class Engine:
             # the exception's own text may quote the prompt, so it goes neither to the client nor into the log
             log.error("pipeline_failed", task_id=task.claimed.task_id, error=type(error).__name__)
             error = PipelineFailed(f"the picture could not be made ({type(error).__name__})")
+        self._refuse(task, error)
+
+    def _refuse(self, task: HeldTask, error: FleetError) -> None:
         task.error = TaskError(code=error.code, message=error.message, retryable=error.retryable)
         self._end(task, "failed")
 
@@ -297,6 +323,7 @@ class Engine:
         self._held.remove(task)
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not task)
         self._drop([picture for picture in self._active if picture.task is task])
+        self._loans.give_back(task)
         if outcome != "succeeded":
             task.pixels.clear()
         elif task.alone:
@@ -308,7 +335,6 @@ class Engine:
         log.warning("out_of_memory", task_id=task.claimed.task_id, active=len(self._active))
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not task)
         self._drop([picture for picture in self._active if picture.task is task])
-        self._pipeline(task.claimed.request.model).release_memory()
         task.alone = True
         task.fuses.clear()
         task.pixels.clear()
@@ -320,7 +346,18 @@ class Engine:
         for picture in pictures:
             self._heartbeat.busy([picture.task.in_hand])
             self._active.remove(picture)
-            pipeline = self._pipeline(picture.task.claimed.request.model)
-            pipeline.discard(picture.run)
+            self._models.pipeline(picture.model).discard(picture.run)
+            self._dropped.setdefault(picture.model, []).append(picture.task.in_hand)
+
+    def _tidy(self) -> None:
+        """Once a turn, if pictures left: have their memory given back, and look at what is still held."""
+        for model, gone in self._dropped.items():
+            if model not in self._models.loaded:
+                continue  # it made room in this very turn
+            self._heartbeat.busy(gone)
+            pipeline = self._models.pipeline(model)
             pipeline.release_memory()
             self._heartbeat.holds_memory(pipeline.memory_used_mb())
+            if not self._active:
+                self._models.settle(model)
+        self._dropped.clear()

@@ -28,14 +28,13 @@ from common.schemas import PRIORITIES, WorkerCard
 from common.settings import Settings
 from common.storage.base import discard_attempt
 from common.telemetry import configure, get_logger
-from worker import gpu
+from worker import gpu, memory
 from worker.commit import Committer
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat, Stage
 from worker.held import HeldTask
 from worker.pulse import Pulse
-from worker.residency import Residency
-from worker.slot import BAD_CONFIGURATION, RECYCLE
+from worker.slot import BAD_CONFIGURATION, RECYCLE, RECYCLED
 
 log = get_logger()
 
@@ -43,6 +42,7 @@ IDLE_WAIT_S = 0.5  # the engine looks up this often for a drain
 SUSPENDED_WAIT_S = 0.5
 REDIS_AWAY_WAIT_S = 0.25
 BACKLOG_WAIT_S = 0.05
+BUSY_WAIT_S = 0.25  # how soon a worker that was busy looks for tasks whose model it has to load
 FEEDER_JOIN_S = 0.005
 FEED_FAILED_WAIT_S = 1.0
 COMMIT_PATIENCE_S = 5.0  # on a drain, for a Redis that is away
@@ -76,9 +76,9 @@ class GpuWorker(SimpleWorker):
         self.gpus = gpu.Watch([] if device == gpu.CPU else [int(device)], every_s=settings.beat_s).start()
         self.results = storage.open_storage(settings)
         self.broker = Broker(settings, void=self._discard)
-        self.residency = Residency(self.catalogue, device="cpu" if device == gpu.CPU else "cuda")
+        self.residency = memory.residency(settings, self.catalogue, device, self._models_changed)
         self.engine = Engine(
-            pipeline=self.residency.pipeline,
+            models=self.residency,
             batch_limits={name: settings.max_batch or spec.max_batch for name, spec in self.catalogue.items()},
             retire=self._retire,
             stepped=lambda: self.pulse.stepped(),
@@ -116,9 +116,8 @@ class GpuWorker(SimpleWorker):
         self.pulse.start()
         feeder = threading.Thread(target=self._feed, name="feeder", daemon=True)
         try:
-            self.vitals.at(Stage.LOADING)
+            self.vitals.loading()
             self.residency.prewarm()
-            self.vitals.holds_memory(self.residency.memory_used_mb())
             self.vitals.at(Stage.IDLE)
             self._loading = False
             self.pulse.beat_soon()
@@ -126,6 +125,7 @@ class GpuWorker(SimpleWorker):
             feeder.start()
             while not self._draining.is_set():
                 self.engine.turn(IDLE_WAIT_S)
+                self._look_after_models()
             self._drain(feeder)
         except DeviceFailed as error:
             log.error("device_failed", message=error.message)
@@ -138,7 +138,7 @@ class GpuWorker(SimpleWorker):
         with contextlib.suppress(RedisError):  # the supervisor's burial takes the name away as well
             self.register_death()
         log.info("worker_stopped", images_done=self._images_done)
-        return 0
+        return RECYCLED if self.residency.leaked else 0
 
     def drain(self, grace_s: float) -> None:
         """Claim nothing more, finish what has begun within this time, give back the rest, then stop.
@@ -166,8 +166,9 @@ class GpuWorker(SimpleWorker):
             state=state,
             device=self.device if self.device == gpu.CPU else f"cuda:{self.device}",
             gpu=None if self.device == gpu.CPU else self.gpus.reading(int(self.device)),
-            models=list(self.catalogue if self._loading else self.residency.loaded),
+            models=list(self.catalogue if self._loading else self.residency.offered),
             models_loaded=list(self.residency.loaded),
+            counters=self.residency.counters(),
             capacity=self.engine.capacity,
             running=[task.claimed.task_id for task in held],
             images_done=self._images_done,
@@ -192,7 +193,6 @@ class GpuWorker(SimpleWorker):
     # The feeder's thread
 
     def _feed(self) -> None:
-        models = list(self.residency.loaded)
         while not self._draining.is_set():
             room = self.engine.await_room(IDLE_WAIT_S)
             if not room:
@@ -205,21 +205,34 @@ class GpuWorker(SimpleWorker):
                 self._draining.wait(BACKLOG_WAIT_S)
                 continue
             try:
-                asked = time.monotonic()
-                claim = self.broker.claim(self.name, self.device, models, room, give_up=self._draining.is_set)
-                # the last of its tries was sent no earlier than that: each waits for a connection, and for a reply
-                leased_at = max(asked, time.monotonic() - 2 * self.settings.redis_timeout_s)
-                for claimed in claim.tasks:
-                    self._take(claimed, leased_at)
-                if claim.suspended:
-                    self._draining.wait(SUSPENDED_WAIT_S)
-                elif not claim.tasks:
-                    self.broker.wait(models)
+                self._claim(room)
             except RedisUnavailable:
                 self._draining.wait(REDIS_AWAY_WAIT_S)
             except Exception as error:  # a worker that beats but claims nothing would be worse than any error
                 log.error("feed_failed", error=type(error).__name__)
                 self._draining.wait(FEED_FAILED_WAIT_S)
+
+    def _claim(self, room: int) -> None:
+        """Claim up to so many pictures, or wait for some to come."""
+        models, resident, busy = self.residency.offered, self.residency.loaded, not self.engine.idle
+        asked = time.monotonic()
+        bound_s = self.settings.resident_wait_s
+        if asked - self.residency.swapped_at < bound_s:  # what has just made room for another has its turn later
+            bound_s = math.inf
+        claim = self.broker.claim(
+            self.name, self.device, models, room,
+            resident=resident, bound_s=bound_s, busy=busy, give_up=self._draining.is_set,
+        )  # fmt: skip
+        # the last of its tries was sent no earlier than that: each waits for a connection, and for a reply
+        leased_at = max(asked, time.monotonic() - 2 * self.settings.redis_timeout_s)
+        for claimed in claim.tasks:
+            self._take(claimed, leased_at)
+        if claim.suspended or not models:
+            self._draining.wait(SUSPENDED_WAIT_S)
+        elif not claim.tasks and (not busy or set(models) <= set(resident)):
+            self.broker.wait(models)
+        elif not claim.tasks:  # what it leaves because it is busy is for others, and for itself once it is not
+            self.broker.wait(resident or models, BUSY_WAIT_S)
 
     def _take(self, claimed: Claimed, leased_at: float) -> None:
         deadline = time.monotonic() + claimed.deadline_in_s if claimed.deadline_in_s else None
@@ -237,6 +250,19 @@ class GpuWorker(SimpleWorker):
             register(self)
 
     # The engine's and the committers' threads
+
+    def _look_after_models(self) -> None:
+        for model in self.residency.idle():
+            self.vitals.loading()
+            self.residency.unload(model, "idle")
+            self.vitals.at(Stage.IDLE)
+        if self.residency.leaked and not self._draining.is_set():
+            self.drain(math.inf)
+
+    def _models_changed(self) -> None:
+        self.vitals.holds_memory(self.residency.memory_used_mb())
+        self.vitals.has_models(self.residency.changes)
+        self.pulse.beat_soon()
 
     def _retire(self, task: HeldTask) -> None:
         with self._lock:

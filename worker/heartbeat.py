@@ -23,7 +23,7 @@ _ENTRY = struct.Struct("<64sIdB")  # task id, fence, stop_at, cause
 _MOST_ENTRIES = 256  # tasks beyond are not told of; no device advances that many at once
 
 # Places of the numbers, and where the two lists of entries begin
-_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE, _DONE, _STORE_SINCE = range(7)
+_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE, _DONE, _STORE_SINCE, _MODELS = range(8)
 _NUMBERS = 8 * 8  # bytes
 _LIST = _MOST_ENTRIES * _ENTRY.size
 _SIZE = _NUMBERS + 2 * _LIST
@@ -33,7 +33,7 @@ class Stage(IntEnum):
     """What a worker is at."""
 
     STARTING = 0
-    LOADING = 1
+    LOADING = 1  # a model, or letting go of one
     IDLE = 2
     BUSY = 3  # in a call on the device
 
@@ -55,9 +55,10 @@ class Reading:
     since: float
     device_mb: int
     done: int  # pictures made and committed
-    on_device: Sequence[InHand]  # in the call that it is in
+    on_device: Sequence[InHand]  # in the call that it is in, or what a model is being loaded for
     in_store: Sequence[InHand]  # being encoded or stored, beside that
     store_since: float = math.inf  # when the oldest of their writes began
+    models_changed: int = 0  # how often a model was loaded or let go
 
 
 def shared_file() -> int:
@@ -88,9 +89,11 @@ class Heartbeat:
 
     def busy(self, on_device: Sequence[InHand]) -> None:
         """Say that a call on the device begins, and whose runs are in it."""
-        self._numbers[_SINCE] = time.monotonic()
-        self._tell(_ON_DEVICE, on_device)
-        self._numbers[_STAGE] = Stage.BUSY
+        self._begin(Stage.BUSY, on_device)
+
+    def loading(self, on_device: Sequence[InHand] = ()) -> None:
+        """Say that a model may be loaded or let go from here on, and for whom."""
+        self._begin(Stage.LOADING, on_device)
 
     def storing(self, in_store: Sequence[InHand], since: float = math.inf) -> None:
         """Say whose pictures are being encoded and stored, and when the oldest write began; by one thread at a time."""
@@ -100,6 +103,10 @@ class Heartbeat:
     def holds_memory(self, device_mb: int) -> None:
         """Say how much of the device's memory this process keeps between two steps."""
         self._numbers[_MEMORY] = device_mb
+
+    def has_models(self, changed: int) -> None:
+        """Say how often a model was loaded or let go: what was measured of memory before tells nothing any more."""
+        self._numbers[_MODELS] = changed
 
     def has_done(self, pictures: int) -> None:
         """Say how many pictures this worker has made and committed."""
@@ -113,9 +120,10 @@ class Heartbeat:
             since=self._numbers[_SINCE],
             device_mb=int(self._numbers[_MEMORY]),
             done=int(self._numbers[_DONE]),
-            on_device=self._listed(_ON_DEVICE) if stage is Stage.BUSY else (),
+            on_device=self._listed(_ON_DEVICE) if stage in (Stage.BUSY, Stage.LOADING) else (),
             in_store=self._listed(_IN_STORE),
             store_since=self._numbers[_STORE_SINCE] or math.inf,
+            models_changed=int(self._numbers[_MODELS]),
         )
 
     def standing_s(self) -> float:
@@ -128,6 +136,11 @@ class Heartbeat:
         self._numbers.release()
         self._bytes.release()
         self._memory.close()
+
+    def _begin(self, stage: Stage, on_device: Sequence[InHand]) -> None:
+        self._numbers[_SINCE] = time.monotonic()
+        self._tell(_ON_DEVICE, on_device)
+        self._numbers[_STAGE] = stage
 
     def _tell(self, which: int, entries: Sequence[InHand]) -> None:
         if entries == self._told.get(which):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from common.records import Claimed, Hold, Verdict
 from common.schemas import TaskError
 from worker.heartbeat import Cause, InHand
-from worker.pipelines.base import Run
+from worker.pipelines.base import ImageRequest, Run
 
 Outcome = Literal["succeeded", "failed", "canceled", "released", "lost"]
 
@@ -47,6 +47,30 @@ class HeldTask:
     @property
     def hold(self) -> Hold:
         return Hold(self.claimed.task_id, self.claimed.fence)
+
+    def asked(self, index: int) -> ImageRequest:
+        """Return what one of its pictures is to be."""
+        request = self.claimed.request
+        init, mask, control = (
+            next(iter(self.inputs.get(name, ())), None) for name in ("init_image", "mask_image", "control_image")
+        )
+        return ImageRequest(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=request.width,
+            height=request.height,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            cfg_normalization=request.cfg_normalization,
+            cfg_truncation=request.cfg_truncation,
+            seed=request.seed + index,
+            init_image=init,
+            strength=request.strength,
+            mask_image=mask,
+            control_image=control,
+            control_scale=request.control_scale,
+            reference_images=tuple(self.inputs.get("reference_images", ())),
+        )
 
     @property
     def steps_done(self) -> int:
@@ -81,3 +105,7 @@ class Picture:
     task: HeldTask
     index: int
     run: Run
+
+    @property
+    def model(self) -> str:
+        return self.task.claimed.request.model

@@ -18,6 +18,7 @@ from worker.heartbeat import Heartbeat, Reading, Stage, shared_file
 
 MIB = 1024 * 1024
 BAD_CONFIGURATION = 2  # a child's exit code: restarting will not help until somebody mends the settings
+RECYCLED = 4  # and another: it left of its own accord, having finished what had begun, to make room for a fresh one
 RECYCLE = signal.SIGUSR1  # asks a child to finish all that has begun, however long it takes, and leave
 
 
@@ -33,7 +34,8 @@ class Child:
     drift: Drift
     ready_at: float | None = None
     leave_by: float | None = None  # set once it has been asked to drain
-    recycled: bool = False  # it was asked to drain, to make room for a fresh one
+    recycled: bool = False  # it was asked to drain, or did so itself, to make room for a fresh one
+    models_changed: int = 0  # how often models had come or gone when its memory was last looked at
     buried: bool = False  # what it held is taken back
 
     def watch(self) -> Reading:
@@ -53,6 +55,17 @@ class Child:
         """Whether it was at some task, and so may have died of it."""
         reading = self.heartbeat.read()
         return bool(reading.on_device or reading.in_store)
+
+    def age_s(self) -> float | None:
+        """Return for how long it has been ready; None while it is not, or a model comes or goes."""
+        reading = self.heartbeat.read()
+        if self.ready_at is None or reading.stage is Stage.LOADING:
+            return None
+        age_s = time.monotonic() - self.ready_at
+        if reading.models_changed != self.models_changed:
+            self.models_changed = reading.models_changed
+            self.drift.restart(age_s)
+        return age_s
 
     def memory(self) -> Sample | None:
         """Return its memory in MiB, or None if it is just going."""

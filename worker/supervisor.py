@@ -26,7 +26,7 @@ from worker.drift import Drift
 from worker.heartbeat import InHand
 from worker.housekeeping import Housekeeping
 from worker.reaper import Burial, Reaper
-from worker.slot import BAD_CONFIGURATION, RECYCLE, Child, Slot, spawn
+from worker.slot import BAD_CONFIGURATION, RECYCLE, RECYCLED, Child, Slot, spawn
 from worker.watchdog import Stall, stall
 
 log = get_logger()
@@ -49,6 +49,7 @@ class Supervisor:
         """Raises ConfigurationError for a model or device that is not there, or a GPU too small for its models."""
         self.settings = settings
         catalogue = settings.catalogue()  # a wrong model name is told here, once, and not by every child
+        settings.models_to_keep()  # and so is this
         devices = large_enough(gpu.choose(settings.devices), catalogue, skip=settings.devices == "all")
         self.slots = [
             Slot(nth * len(devices) + index, device, device, nth)
@@ -161,13 +162,14 @@ class Supervisor:
         elif look and child.is_zombie():
             self._kill(child, Stall("zombie", blame=False))
         elif look and child.leave_by is None:
-            self._look_at_memory(child, now)
+            self._look_at_memory(child)
 
-    def _look_at_memory(self, child: Child, now: float) -> None:
-        if child.ready_at is None or not child.drift.due(now - child.ready_at):
+    def _look_at_memory(self, child: Child) -> None:
+        age_s = child.age_s()
+        if age_s is None or not child.drift.due(age_s):
             return
         sample = child.memory()
-        grown = child.drift.grown(now - child.ready_at, sample) if sample else None
+        grown = child.drift.grown(age_s, sample) if sample else None
         if grown:
             log.warning("worker_recycled", worker=child.name, cause=f"{grown.what} memory", grown_mb=grown.mb)
             child.recycled = True
@@ -191,6 +193,9 @@ class Supervisor:
 
     def _ended(self, slot: Slot, child: Child, code: int) -> None:
         now = time.monotonic()
+        if code == RECYCLED:
+            log.warning("worker_recycled", worker=child.name, cause="its own wish")
+            child.recycled = True
         if code == BAD_CONFIGURATION:
             slot.backoff_s = LONGEST_BACKOFF_S
         elif child.recycled or child.is_sound(STEADY_S):
@@ -271,19 +276,19 @@ class Supervisor:
 
 
 def large_enough(devices: Sequence[str], catalogue: Catalogue, *, skip: bool) -> list[str]:
-    """Return the devices that can hold all models of the catalogue at once.
+    """Return the devices that can hold the largest model of the catalogue: where not all fit at once they take turns.
 
     Raises ConfigurationError, saying both sizes, for the first GPU that cannot; with `skip`, only if no device is left.
     """
-    needed = sum(spec.memory_mb for spec in catalogue.values())
-    models = " and ".join(catalogue)
+    largest = max(catalogue.values(), key=lambda spec: spec.memory_mb)
+    needed = largest.memory_mb
     fitting, refusals = [], []
     for device in devices:
         total = None if device == gpu.CPU else gpu.memory_mb(int(device))
         if total is None or total >= needed:
             fitting.append(device)
         else:
-            refusals.append(f"GPU {device} has {total} MiB of memory, but {models} need {needed} MiB")
+            refusals.append(f"GPU {device} has {total} MiB of memory, but {largest.name} needs {needed} MiB")
     if refusals and (not skip or not fitting):
         raise ConfigurationError(f"{refusals[0]}; serve a smaller model on it, or leave it out of ZFLEET_DEVICES")
     for refusal in refusals:

@@ -228,7 +228,8 @@ def test_only_a_tasks_own_pictures_are_shown(fleet: Fleet, path: str) -> None:
 
 
 def test_what_the_operator_sees(fleet: Fleet) -> None:
-    fleet.make(prompt="x", model="simulated")
+    for model in ("pico", "simulated"):
+        fleet.make(prompt="x", model=model)
     health = fleet.get("/health").json()
     assert (health["status"], health["workers"], health["models_loaded"]) == ("healthy", 1, ["pico", "simulated"])
     (worker,) = fleet.get("/api/workers").json()["workers"]

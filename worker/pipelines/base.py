@@ -149,7 +149,10 @@ class BasePipeline(abc.ABC):
         return 0
 
     def counters(self) -> Mapping[str, float]:
-        """Return what the pipeline has counted since it was loaded, by metric name."""
+        """Return what the pipeline has counted since it was loaded, by metric name. Any thread may ask.
+
+        What ends in `_bytes` is no count: it is how much it keeps on the device now, on purpose.
+        """
         return {}
 
     def memory_used_mb(self) -> int:

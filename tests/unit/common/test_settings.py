@@ -35,12 +35,27 @@ def test_a_child_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("ZFLEET_DISK_PAUSE_PERCENT", "101"),
         ("ZFLEET_DISK_RESUME_PERCENT", "90"),
         ("ZFLEET_HOUSEKEEPING_S", "0"),
+        ("ZFLEET_WARM_SIZES", "1024"),
+        ("ZFLEET_WARM_SIZES", "512x512,1000x1000"),
     ],
 )
 def test_a_wrong_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigurationError, match=variable):
         load_settings()
+
+
+def test_models_and_sizes_that_are_got_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings({"models": ("turbo", "pico")}).models_to_keep() == ("turbo",)
+    monkeypatch.setenv("ZFLEET_MODELS", "turbo,pico,base")
+    monkeypatch.setenv("ZFLEET_PREWARM", "base, pico")
+    monkeypatch.setenv("ZFLEET_WARM_SIZES", "1024x1024, 512x768")
+    settings = load_settings()
+    assert settings.models_to_keep() == ("base", "pico")
+    assert settings.sizes_to_warm() == [(1024, 1024), (512, 768)]
+    monkeypatch.setenv("ZFLEET_PREWARM", "bass")
+    with pytest.raises(ConfigurationError, match="ZFLEET_PREWARM: 'bass' is not among ZFLEET_MODELS"):
+        load_settings().models_to_keep()
 
 
 def test_a_lower_pause_needs_a_lower_resume() -> None:

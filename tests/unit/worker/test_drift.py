@@ -55,3 +55,13 @@ def test_a_slow_leak_is_found_in_the_end() -> None:
 
 def test_a_single_step_up_that_stays_small_is_no_drift() -> None:
     assert watch(lambda age_s: 1000 if age_s < 1000 else 1150) is None
+
+
+def test_after_a_restart_the_worker_warms_up_again() -> None:
+    drift = Drift(limit_mb=200, window_s=300, warmup_s=300)
+    assert not drift.due(299)
+    assert drift.grown(300, Sample(1000, 0)) is None
+    drift.restart(400)
+    assert (drift.due(699), drift.due(700)) == (False, True)
+    for age_s in range(700, 1200):
+        assert drift.grown(age_s, Sample(9000, 0)) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
@@ -66,6 +66,27 @@ class Recorder(BasePipeline):
         self.alive.discard(id(run))
 
 
+class Resident:
+    """Has one pipeline for all models, always in memory."""
+
+    def __init__(self, pipeline: BasePipeline, models: Collection[str]) -> None:
+        self.loaded = models
+        self._pipeline = pipeline
+
+    def acquire(self, model: str) -> float | None:
+        return 0.0
+
+    def release(self, model: str) -> None: ...
+
+    def pipeline(self, model: str) -> BasePipeline:
+        return self._pipeline
+
+    def fits(self, model: str, requests: Sequence[ImageRequest]) -> bool:
+        return True
+
+    def settle(self, model: str) -> None: ...
+
+
 class Bench:
     """An engine over a Recorder, with what it retired."""
 
@@ -74,7 +95,7 @@ class Bench:
         self.retired: list[HeldTask] = []
         self.stores = True  # at once
         self.engine = Engine(
-            pipeline=lambda _: self.pipeline,
+            models=Resident(self.pipeline, {"simulated", *limits}),
             batch_limits={"simulated": limit, **limits},
             retire=self.retire,
             run_limits={"simulated": run_limit_s} if run_limit_s else None,

@@ -58,6 +58,18 @@ def test_nothing_is_on_the_device_between_two_calls() -> None:
     assert 0.01 <= heartbeat.standing_s() < 5
 
 
+def test_a_load_is_for_somebody_and_is_no_call_that_hangs() -> None:
+    heartbeat = Heartbeat()
+    entry = InHand("a", 1, math.inf, "run_limit")
+    heartbeat.loading([entry])
+    time.sleep(0.01)
+    reading = heartbeat.read()
+    assert (reading.stage, reading.on_device, heartbeat.standing_s()) == (Stage.LOADING, [entry], 0.0)
+    heartbeat.loading()
+    heartbeat.has_models(3)
+    assert (heartbeat.read().on_device, heartbeat.read().models_changed) == ([], 3)
+
+
 def test_a_reader_never_sees_half_a_number() -> None:
     """Not a thread: in one process the interpreter's lock would keep the two apart."""
     shared = shared_file()

@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from common.broker import Broker
 from common.errors import ConfigurationError
@@ -21,7 +22,7 @@ from worker import gpu, supervisor
 from worker import slot as slots
 from worker.heartbeat import InHand, Stage
 from worker.reaper import Burial
-from worker.slot import RECYCLE, Slot
+from worker.slot import RECYCLE, RECYCLED, Slot
 from worker.supervisor import Supervisor, large_enough
 
 
@@ -183,12 +184,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_a_gpu_too_small_for_its_models_is_refused_with_both_sizes(gpus: dict[str, int]) -> None:
-    catalogue = load_catalogue().select(["turbo", "base"])
-    with pytest.raises(ConfigurationError, match=r"GPU 0 has 24564 MiB .* turbo and base need 42000 MiB"):
+    catalogue = load_catalogue().select(["pico", "turbo", "base"])
+    assert large_enough(["0", "1"], catalogue, skip=False) == ["0", "1"], "turbo and base take turns"
+    gpus["0"] = 20_999
+    with pytest.raises(ConfigurationError, match=r"GPU 0 has 20999 MiB .* turbo needs 21000 MiB"):
         large_enough(["0", "1"], catalogue, skip=False)
     assert large_enough(["0", "1"], catalogue, skip=True) == ["1"]
     gpus["1"] = 16_000
-    with pytest.raises(ConfigurationError, match="24564"):
+    with pytest.raises(ConfigurationError, match="20999"):
         large_enough(["0", "1"], catalogue, skip=True)
     assert large_enough(["cpu"], catalogue, skip=False) == ["cpu"]
 
@@ -281,8 +284,42 @@ def test_memory_that_drifts_recycles_the_child_with_no_back_off(settings: Settin
     end(watcher)
 
 
+def test_a_child_that_leaves_to_be_renewed_is_replaced_with_no_back_off_and_no_alarm(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_children(monkeypatch, sys.executable, "-c", f"raise SystemExit({RECYCLED})")
+    watcher = Supervisor(settings)
+    (slot,) = watcher.slots
+    with capture_logs() as logs:
+        assert [crash(watcher, slot) for _ in range(3)] == [0, 0, 0]
+    assert slot.backoff_s == 0.0
+    assert {line["event"] for line in logs} == {"worker_started", "worker_recycled"}
+
+
+def test_models_that_come_and_go_are_no_drift(settings: Settings, sleeping_children: None) -> None:
+    watcher = Supervisor(settings.model_copy(update={"drift_window_s": 0.4, "drift_warmup_s": 0.0}))
+    watcher.tick()
+    (slot,) = watcher.slots
+    child = slot.child
+    assert child is not None
+    for models in range(1, 16):
+        child.heartbeat.loading()
+        child.heartbeat.holds_memory(1000 * models)
+        watcher._next_look = 0.0
+        watcher.tick()
+        child.heartbeat.has_models(models)
+        child.heartbeat.at(Stage.IDLE)
+        for _ in range(4):
+            time.sleep(0.02)
+            watcher._next_look = 0.0
+            watcher.tick()
+    assert child.leave_by is None
+    end(watcher)
+
+
 @pytest.mark.parametrize(
-    ("stage", "suspects", "bystanders"), [(Stage.BUSY, ["run"], ["stored"]), (Stage.IDLE, ["stored"], [])]
+    ("stage", "suspects", "bystanders"),
+    [(Stage.BUSY, ["run"], ["stored"]), (Stage.LOADING, ["run"], ["stored"]), (Stage.IDLE, ["stored"], [])],
 )
 def test_who_is_suspected_of_a_death(
     watcher: Supervisor,
@@ -291,7 +328,7 @@ def test_who_is_suspected_of_a_death(
     suspects: list[str],
     bystanders: list[str],
 ) -> None:
-    """Whoever was on the device; only with nobody there, whoever was being encoded and stored."""
+    """Whoever was on the device, or had a model loaded; with nobody there, whoever was being encoded and stored."""
     burials: list[Burial] = []
     monkeypatch.setattr(watcher._reaper, "bury", burials.append)
     watcher.tick()
