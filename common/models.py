@@ -52,12 +52,18 @@ class ModelSpec(BaseModel):
     run_limit_s: float | None = Field(
         default=None, gt=0, description="seconds one picture may be in the making; more, and its task fails"
     )
-    memory_mb: int = Field(default=0, ge=0, description="MiB of GPU memory it needs; a smaller GPU is refused")
+    memory_mb: int = Field(default=0, ge=0, description="MiB of GPU memory that it takes whole")
+    least_mb: int | None = Field(
+        default=None,
+        ge=0,
+        description="MiB that do with parts of it outside; a smaller GPU is refused; None: memory_mb",
+    )
     options: Mapping[str, Option] = Field(default_factory=dict, description="read by the pipeline alone")
 
 
 # Weights in bfloat16 (19,600), one picture at 1024 x 1024 (2,750: decoding it) and CUDA's context (512), all estimated.
 Z_IMAGE_MB = 22_900
+Z_IMAGE_LEAST_MB = 11_000  # a GPU of 12 GB, where encoders and layers wait in the machine's memory
 
 BUILT_IN: tuple[ModelSpec, ...] = (
     ModelSpec(
@@ -66,6 +72,7 @@ BUILT_IN: tuple[ModelSpec, ...] = (
         modes=("text", "image", "inpaint"),
         run_limit_s=8.0,
         memory_mb=Z_IMAGE_MB,
+        least_mb=Z_IMAGE_LEAST_MB,
     ),
     ModelSpec(
         name="base",
@@ -76,6 +83,7 @@ BUILT_IN: tuple[ModelSpec, ...] = (
         max_steps=100,
         run_limit_s=120.0,
         memory_mb=Z_IMAGE_MB,
+        least_mb=Z_IMAGE_LEAST_MB,
     ),
     ModelSpec(
         name="pico",

@@ -50,7 +50,12 @@ class Supervisor:
         self.settings = settings
         catalogue = settings.catalogue()  # a wrong model name is told here, once, and not by every child
         settings.models_to_keep()  # and so is this
-        devices = large_enough(gpu.choose(settings.devices), catalogue, skip=settings.devices == "all")
+        devices = large_enough(
+            gpu.choose(settings.devices),
+            catalogue,
+            skip=settings.devices == "all",
+            whole=settings.offload == "none",
+        )
         self.slots = [
             Slot(nth * len(devices) + index, device, device, nth)
             for nth in range(settings.workers_per_device)
@@ -275,20 +280,23 @@ class Supervisor:
             self._watch(slot, child, look=False)
 
 
-def large_enough(devices: Sequence[str], catalogue: Catalogue, *, skip: bool) -> list[str]:
+def large_enough(devices: Sequence[str], catalogue: Catalogue, *, skip: bool, whole: bool = False) -> list[str]:
     """Return the devices that can hold the largest model of the catalogue: where not all fit at once they take turns.
 
-    Raises ConfigurationError, saying both sizes, for the first GPU that cannot; with `skip`, only if no device is left.
+    With `whole` no part of a model may wait in the machine's memory. Raises ConfigurationError, saying both sizes, for
+    the first GPU that cannot; with `skip`, only if no device is left.
     """
-    largest = max(catalogue.values(), key=lambda spec: spec.memory_mb)
-    needed = largest.memory_mb
+    needs = {
+        spec.name: spec.memory_mb if whole or spec.least_mb is None else spec.least_mb for spec in catalogue.values()
+    }
+    largest, needed = max(needs.items(), key=lambda need: need[1])
     fitting, refusals = [], []
     for device in devices:
         total = None if device == gpu.CPU else gpu.memory_mb(int(device))
         if total is None or total >= needed:
             fitting.append(device)
         else:
-            refusals.append(f"GPU {device} has {total} MiB of memory, but {largest.name} needs {needed} MiB")
+            refusals.append(f"GPU {device} has {total} MiB of memory, but {largest} needs {needed} MiB")
     if refusals and (not skip or not fitting):
         raise ConfigurationError(f"{refusals[0]}; serve a smaller model on it, or leave it out of ZFLEET_DEVICES")
     for refusal in refusals:

@@ -186,13 +186,16 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_a_gpu_too_small_for_its_models_is_refused_with_both_sizes(gpus: dict[str, int]) -> None:
     catalogue = load_catalogue().select(["pico", "turbo", "base"])
     assert large_enough(["0", "1"], catalogue, skip=False) == ["0", "1"], "turbo and base take turns"
-    gpus["0"] = 20_999
-    with pytest.raises(ConfigurationError, match=r"GPU 0 has 20999 MiB .* turbo needs 21000 MiB"):
+    gpus["0"] = 10_999
+    with pytest.raises(ConfigurationError, match=r"GPU 0 has 10999 MiB .* turbo needs 11000 MiB"):
         large_enough(["0", "1"], catalogue, skip=False)
     assert large_enough(["0", "1"], catalogue, skip=True) == ["1"]
-    gpus["1"] = 16_000
-    with pytest.raises(ConfigurationError, match="20999"):
+    gpus["1"] = 8_000
+    with pytest.raises(ConfigurationError, match="10999"):
         large_enough(["0", "1"], catalogue, skip=True)
+    gpus["0"] = 16_376
+    with pytest.raises(ConfigurationError, match=r"GPU 0 has 16376 MiB .* turbo needs 22900 MiB"):
+        large_enough(["0"], catalogue, skip=False, whole=True)
     assert large_enough(["cpu"], catalogue, skip=False) == ["cpu"]
 
 
