@@ -19,6 +19,7 @@ from worker.batches import Batches
 from worker.heartbeat import Heartbeat, InHand, Stage
 from worker.held import HeldTask, Outcome, Picture
 from worker.loans import Loans, Models
+from worker.previewing import show
 
 log = get_logger()
 
@@ -110,6 +111,9 @@ class Engine:
         if batch:
             self._announce_room(batch)
             self._step(batch)
+            for picture in batch:
+                if picture in self._active:
+                    show(picture, self._models.pipeline(picture.model))
             self._stepped()
             for picture in batch:
                 if picture.run.done and picture in self._active:
