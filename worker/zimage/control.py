@@ -46,6 +46,9 @@ class Padded(Mapping[int, Tensor]):
         sample = self._samples[layer]
         return pad(sample, (0, 0, 0, self._tokens - sample.shape[1], 0, self._items - sample.shape[0]))
 
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._samples  # the mixin's way would widen one to tell
+
     def __iter__(self) -> Iterator[int]:
         return iter(self._samples)
 

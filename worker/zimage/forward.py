@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,19 +50,23 @@ def predict(parts: Any, items: Sequence[Item]) -> list[Tensor]:
     return outputs
 
 
-def _block_samples(controlnet: Any, latents: Sequence[Tensor], times: Tensor, items: Sequence[Item]) -> Padded | None:
+def _block_samples(
+    controlnet: Any, latents: Sequence[Tensor], times: Tensor, items: Sequence[Item]
+) -> Mapping[int, Tensor] | None:
     """Return what the ControlNet adds after each layer, from one forward for the items that have a control."""
     controls = [item.control for item in items if item.control]
     if not controls:
         return None
     count = len(controls)
-    samples = controlnet(
+    samples: dict[int, Tensor] = controlnet(
         latents[:count],
         times[:count],
         [item.caption[0] for item in items[:count]],
         [control.latents for control in controls],
         conditioning_scale=torch.stack([control.scale for control in controls]),
     )
+    if count == len(items):
+        return samples
     return Padded(samples, items=len(items), tokens=max(item.tokens for item in items))
 
 

@@ -46,7 +46,8 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Both(load(spec), Stock(spec))
 
 
-@settings(steady, max_examples=6)
+@pytest.mark.timeout(300)
+@settings(steady, max_examples=8)
 @given(visits=mixes("control", "control", "text", "image", "inpaint"))
 def test_in_any_company_a_picture_equals_the_stock_call(both: Both, visits: list[Visit]) -> None:
     for visit, run in zip(visits, together(both.pipeline, visits), strict=True):

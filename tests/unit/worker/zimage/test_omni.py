@@ -57,7 +57,8 @@ def both(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Both:
     return made
 
 
-@settings(steady, max_examples=40)
+@pytest.mark.timeout(300)
+@settings(steady, max_examples=24)
 @given(visits=mixes("edit", "edit", "text"))
 def test_in_any_company_a_picture_equals_the_stock_call(both: Both, visits: list[Visit]) -> None:
     for visit, run in zip(visits, together(both.pipeline, visits), strict=True):

@@ -34,7 +34,8 @@ from worker.zimage.inputs import steps_left_out
 BLACK, WHITE = (np.full((64, 96), value, dtype=np.uint8) for value in (0, 255))
 
 
-@settings(steady, max_examples=60)
+@pytest.mark.timeout(300)
+@settings(steady, max_examples=40)
 @given(visits=mixes("text", "image", "inpaint"))
 def test_in_any_company_a_picture_equals_the_stock_call(pipeline: Pipeline, stock: Stock, visits: list[Visit]) -> None:
     for visit, run in zip(visits, together(pipeline, visits), strict=True):
