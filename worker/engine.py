@@ -208,7 +208,7 @@ class Engine:
         model = task.claimed.request.model
         beside = [picture.run.request for picture in self._active if picture.model == model]
         try:
-            return self._models.fits(model, [*beside, task.asked(index)]) or not self._active
+            return self._models.fits(model, [*beside, task.image_request(index)]) or not self._active
         except OutOfMemory as error:
             self._refuse(task, error)
             return False
@@ -221,7 +221,7 @@ class Engine:
             task.fuses[index] = time.monotonic() + limit_s
         self._heartbeat.busy([task.in_hand])
         try:
-            run = self._models.pipeline(model).start(task.asked(index))
+            run = self._models.pipeline(model).start(task.image_request(index))
         except DeviceFailed:
             raise
         except Exception as error:

@@ -48,30 +48,6 @@ class HeldTask:
     def hold(self) -> Hold:
         return Hold(self.claimed.task_id, self.claimed.fence)
 
-    def asked(self, index: int) -> ImageRequest:
-        """Return what one of its pictures is to be."""
-        request = self.claimed.request
-        init, mask, control = (
-            next(iter(self.inputs.get(name, ())), None) for name in ("init_image", "mask_image", "control_image")
-        )
-        return ImageRequest(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            width=request.width,
-            height=request.height,
-            steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            cfg_normalization=request.cfg_normalization,
-            cfg_truncation=request.cfg_truncation,
-            seed=request.seed + index,
-            init_image=init,
-            strength=request.strength,
-            mask_image=mask,
-            control_image=control,
-            control_scale=request.control_scale,
-            reference_images=tuple(self.inputs.get("reference_images", ())),
-        )
-
     @property
     def steps_done(self) -> int:
         """Steps that its slowest picture has done."""
@@ -91,6 +67,28 @@ class HeldTask:
         if self.deadline is not None and self.deadline <= run_limit:
             return self.deadline, "deadline"
         return run_limit, "run_limit"
+
+    def image_request(self, index: int) -> ImageRequest:
+        """Return what the pipeline is asked for, for one of its pictures; the LoRAs are not in it yet."""
+        request = self.claimed.request
+        first = {field: found[0] for field, found in self.inputs.items() if found}
+        return ImageRequest(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=request.width,
+            height=request.height,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            cfg_normalization=request.cfg_normalization,
+            cfg_truncation=request.cfg_truncation,
+            seed=request.seed + index,
+            init_image=first.get("init_image"),
+            strength=request.strength,
+            mask_image=first.get("mask_image"),
+            control_image=first.get("control_image"),
+            control_scale=request.control_scale,
+            reference_images=tuple(self.inputs.get("reference_images", ())),
+        )
 
     @property
     def in_hand(self) -> InHand:
