@@ -128,6 +128,19 @@ class StorageFull(StorageError):
     code = "storage_full"
 
 
+class TooBusy(FleetError):
+    """Raised when more large bodies arrive at once than there is memory for, and none of them ends in time."""
+
+    code = "too_busy"
+    retryable = True
+
+
+class InputGone(FleetError):
+    """Raised when a picture that a task is made from is no longer in storage."""
+
+    code = "input_gone"
+
+
 class ModelLoadFailed(FleetError):
     """Raised when a model's files are missing or cannot be loaded on this device."""
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from common import keys, scripts
 from common.connection import FOREVER, connect, exchange, messages, patiently, run_script
 from common.errors import RedisUnavailable
+from common.limits import Limits, by_model
 from common.promises import Promises
 from common.records import Event, queue_depth, task_record, task_summary, worker_card
 from common.schemas import QueueDepth, TaskRecord, TaskStatus, TaskSummary, WorkerCard
@@ -18,7 +19,7 @@ from common.settings import Settings
 
 T = TypeVar("T")
 
-CAPACITY_TTL_S = 2.0  # how long the number of workers a model has is taken as known
+LIMITS_TTL_S = 2.0  # how long it is taken as known what the workers can do
 BELL_WAIT_S = 1.0  # an idle worker looks up this often; the bell has a longer socket time-out of its own
 BELL_POOL_SIZE = 2  # connections that block: the wait for the bell, or one subscription to ends and one to everything
 PAGE_READS = 20  # round trips that one page of tasks may cost
@@ -46,8 +47,8 @@ class FleetView:
         self._redis: Any = connect(url, timeout_s=self._timeout_s, connected=heard)
         self._bell: Any = connect(url, timeout_s=bell_s, pool_size=BELL_POOL_SIZE, connected=heard)
         self._retention_ms = int(settings.retention_days * 86_400_000)
-        self._capacity: dict[str, int] = {}
-        self._capacity_until = 0.0
+        self._limits: dict[str, Limits] = {}
+        self._limits_until = 0.0
 
     def close(self) -> None:
         """Close all connections."""
@@ -152,14 +153,14 @@ class FleetView:
 
     def capacity(self, model: str) -> int:
         """Return how many runs of this model the fleet can advance together, as of the last two seconds."""
-        if time.monotonic() >= self._capacity_until:
-            self._capacity_until = time.monotonic() + CAPACITY_TTL_S
-            fresh: dict[str, int] = {}
-            for card in self.workers():
-                for name in card.models:
-                    fresh[name] = fresh.get(name, 0) + card.capacity
-            self._capacity = fresh
-        return self._capacity.get(model, 0)
+        return self.limits(model).capacity
+
+    def limits(self, model: str) -> Limits:
+        """Return what the live workers can do with this model, as of the last two seconds."""
+        if time.monotonic() >= self._limits_until:
+            self._limits_until = time.monotonic() + LIMITS_TTL_S
+            self._limits = by_model(self.workers())
+        return self._limits.get(model, Limits())
 
     def probe(self) -> None:
         """Write to Redis and read it back, or raise RedisUnavailable."""

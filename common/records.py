@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from common.inputs import steps_done
 from common.schemas import (
     PRIORITIES,
     Attempt,
@@ -29,7 +30,7 @@ Verdict = Literal["ok", "cancel", "lost"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewTask:
-    """A task on its way in. `cost` is megapixels x steps x pictures, what fair sharing counts."""
+    """A task on its way in. `cost`, what fair sharing counts, is megapixels x steps x pictures."""
 
     task_id: str
     tenant: str
@@ -41,7 +42,8 @@ class NewTask:
     @property
     def cost(self) -> float:
         request = self.request
-        return request.width * request.height / 1e6 * request.steps * request.n
+        steps = steps_done(request.steps, request.strength)
+        return request.width * request.height / 1e6 * steps * request.n
 
 
 class Submitted(NamedTuple):

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from common.models import Mode
+
 PROMPT_MAX_CHARS = 16_000
 SEED_MAX = 2**53 - 1  # the largest integer that every JSON client reads back unchanged
 METADATA_MAX_ENTRIES = 16
@@ -285,6 +287,17 @@ class SubmitAnswer(Wire):
     eta_seconds: float | None
 
 
+class InputImage(Wire):
+    """The answer to a picture that was sent: POST /api/images."""
+
+    handle: str = Field(description="What a submit names it by.")
+    width: int = Field(description="Pixels, once it is upright.")
+    height: int
+    format: ImageFormat = Field(description="Of the file that was sent.")
+    bytes: int = Field(description="Of the file that was sent.")
+    expires_at: datetime = Field(description="A submit that names it starts its time anew.")
+
+
 class TaskSummary(Wire):
     """A line of GET /api/tasks."""
 
@@ -355,6 +368,8 @@ class ModelView(Wire):
 
     name: str
     default: bool
+    modes: Sequence[Mode] = Field(description="What it can make a picture from.")
+    loras: Sequence[str] = Field(description="That its live workers have.")
     width: int
     height: int
     steps: int

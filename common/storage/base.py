@@ -35,6 +35,18 @@ class BaseStorage(abc.ABC):
         """Return the object; raises StorageError when it is not there."""
 
     @abc.abstractmethod
+    def exists(self, key: str) -> bool:
+        """Return whether the object is there; raises StorageError where that cannot be told."""
+
+    def head(self, key: str, count: int) -> bytes:
+        """Return the object's first bytes; raises StorageError when it is not there."""
+        return self.read(key)[:count]
+
+    def touch(self, key: str) -> None:
+        """Let the object count as stored just now, for a sweep; raises StorageError when it is not there."""
+        self.put(key, self.read(key))
+
+    @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object; one that is not there is fine."""
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import time
 from pathlib import Path
 
@@ -48,6 +49,28 @@ class Storage(BaseStorage):
             return self.path(key).read_bytes()
         except OSError as error:
             raise _told(error, "read the picture") from error
+
+    def exists(self, key: str) -> bool:
+        try:
+            return stat.S_ISREG(self.path(key).stat().st_mode)
+        except FileNotFoundError:
+            self.check()
+            return False
+        except OSError as error:
+            raise _told(error, "look for the picture") from error
+
+    def head(self, key: str, count: int) -> bytes:
+        try:
+            with self.path(key).open("rb") as file:
+                return file.read(count)
+        except OSError as error:
+            raise _told(error, "read the picture") from error
+
+    def touch(self, key: str) -> None:
+        try:
+            os.utime(self.path(key))
+        except OSError as error:
+            raise _told(error, "keep the picture") from error
 
     def delete(self, key: str) -> None:
         path = self.path(key)

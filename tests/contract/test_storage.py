@@ -50,10 +50,38 @@ def test_deleted_is_gone(store: BaseStorage) -> None:
         store.read("a/0.png")
 
 
+def test_whether_it_is_there_can_be_asked(store: BaseStorage) -> None:
+    store.put("inputs/a.png", b"one two")
+    assert store.exists("inputs/a.png")
+    assert not store.exists("inputs/b.png")
+    assert not store.exists("inputs")
+    store.delete("inputs/a.png")
+    store.put("b.png", b"x")  # so that the storage itself is there
+    assert not store.exists("inputs/a.png")
+
+
+def test_the_first_bytes_can_be_read_alone(store: BaseStorage) -> None:
+    store.put("a/0.png", b"one two")
+    assert (store.head("a/0.png", 3), store.head("a/0.png", 100)) == (b"one", b"one two")
+    with pytest.raises(StorageError):
+        store.head("a/1.png", 3)
+
+
+def test_what_is_touched_counts_as_new(store: BaseStorage) -> None:
+    store.put("a/0.png", b"x")
+    file_of(store, "a/0.png", age_s=1000)
+    store.touch("a/0.png")
+    assert store.sweep(500) == 0
+    assert store.read("a/0.png") == b"x"
+    with pytest.raises(StorageError):
+        store.touch("a/1.png")
+
+
 @pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x", "a//b", "", ".hidden", "a/..", "a\x00b", "a\\b"])
 def test_a_key_never_leaves_the_storage(store: BaseStorage, key: str) -> None:
     calls: tuple[Callable[[], object], ...] = (
-        lambda: store.put(key, b"x"), lambda: store.read(key), lambda: store.delete(key), lambda: store.remove(key)
+        lambda: store.put(key, b"x"), lambda: store.read(key), lambda: store.delete(key), lambda: store.remove(key),
+        lambda: store.exists(key), lambda: store.head(key, 1), lambda: store.touch(key),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(StorageError):

@@ -113,6 +113,9 @@ class Bucket(BaseStorage):
     def read(self, key: str) -> bytes:
         return PICTURE
 
+    def exists(self, key: str) -> bool:
+        return True
+
     def delete(self, key: str) -> None: ...
 
     def remove(self, folder: str) -> None: ...
