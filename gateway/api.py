@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from flask import Response, request
 from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.data_type import DataType
+from flask_openapi3.models.media_type import MediaType
+from flask_openapi3.models.schema import Schema
 from flask_openapi3.models.tag import Tag
+from flask_openapi3.utils import parse_form
 from pydantic import BaseModel, ConfigDict, Field
 from werkzeug.datastructures import Headers
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from common.errors import UnsupportedMediaType
-from gateway import fields, problems
+from gateway import bodies, fields, problems
+from gateway.bodies import JSON, Form
 
-JSON = "application/json"
+F = TypeVar("F", bound=Callable[..., Any])
+
 NO_STORE = {"Cache-Control": "no-store"}
-JSON_LIMIT_BYTES = 1 << 20  # twice the largest request there is, escapes and all; more would only hold up others
 
 
 class Query(BaseModel):
@@ -40,6 +43,7 @@ class TaskPath(BaseModel):
 class Api(APIBlueprint):
     """A blueprint whose view functions are given what they name: `body`, `query`, `header` and `path`, each a model.
 
+    One that names a `form` beside its `body` is given the same body out of a form, too, with the files that came along.
     flask-openapi3 draws the description from the same annotations. It would also read the request, but builds each
     model's JSON schema anew to do so, and parses bodies in a way that cannot tell no JSON from JSON `null`.
     """
@@ -48,6 +52,27 @@ class Api(APIBlueprint):
         tag = Tag(name=name, description=about)
         super().__init__(name, import_name, abp_tags=[tag], abp_responses=problems.documented())
 
+    def post(self, rule: str, **options: Any) -> Callable[[F], F]:
+        """Register a call, and describe its form beside its JSON: flask-openapi3 knows of one or the other."""
+        register = super().post(rule, **options)
+
+        def decorate(func: F) -> F:
+            register(func)
+            if form := get_type_hints(func).get("form"):
+                self._describe(rule, form)
+            return func
+
+        return decorate
+
+    def _describe(self, rule: str, form: type[Form]) -> None:
+        described, schemas = parse_form(form)
+        self.components_schemas.update(schemas)
+        content = self.paths[rule].post.requestBody.content
+        content.update(described)
+        if len(form.file_parts()) == 1:
+            file = MediaType(schema=Schema(type=DataType.STRING, format="binary"))
+            content.update(dict.fromkeys(bodies.PICTURES, file))
+
     @staticmethod
     def create_view_func(
         func: Callable[..., Response],
@@ -55,7 +80,7 @@ class Api(APIBlueprint):
         cookie: Any,
         path: type[BaseModel] | None,
         query: type[Query] | None,
-        form: Any,
+        form: type[Form] | None,
         body: type[BaseModel] | None,
         raw: Any,
         *_others: Any,
@@ -74,32 +99,15 @@ class Api(APIBlueprint):
             if header is not None:
                 sent = {alias: environ[name] for name, alias in names.items() if name in environ}
                 given["header"] = _read(header, sent)
+            if body is not None and form is not None:
+                with bodies.turn():
+                    given["body"], given["form"] = bodies.read_with_files(body, form)
+                    return func(**given)
             if body is not None:
-                given["body"] = read_body(body)
+                given["body"] = bodies.read_json(body)
             return func(**given)
 
         return view
-
-
-def read_body(model: type[fields.M]) -> fields.M:
-    """Return the request's body; raises UnsupportedMediaType, MalformedBody and InvalidRequest.
-
-    A body that does not say what it is counts as JSON. One that says it is a form or plain text is refused, as that is
-    what a foreign web page can send without the browser's asking first.
-    """
-    said = request.environ.get("CONTENT_TYPE", "")
-    if said and said != JSON and not request.is_json:
-        raise UnsupportedMediaType("the body must be JSON; send the header Content-Type: application/json")
-    request.max_content_length = min(request.max_content_length or JSON_LIMIT_BYTES, JSON_LIMIT_BYTES)
-    try:
-        raw = request.get_data(cache=False)
-    except HTTPException:
-        raise
-    except Exception:  # gunicorn has some ten kinds of its own for a body in broken chunks
-        raise fields.malformed("the body broke off, or its chunks are not well-formed HTTP") from None
-    if request.content_length is None and len(raw) == request.max_content_length:
-        raise RequestEntityTooLarge  # werkzeug cuts a body that comes in chunks at the limit, and says nothing
-    return fields.read_json(model, raw)
 
 
 def json_answer(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -11,7 +11,7 @@ from common.errors import ConfigurationError
 from common.problem import Problem
 from common.settings import Settings
 from common.storage import open_storage
-from gateway import dialects, docs, images, ops, problems
+from gateway import dialects, docs, images, inputs, ops, problems
 from gateway.api import Api
 from gateway.dialects.base import Gateway
 from gateway.diskguard import DiskGuard
@@ -45,10 +45,13 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     broker = broker or Broker(settings)
     storage = open_storage(settings)
     disk = DiskGuard(storage, settings)
-    gateway = Gateway(tasks=Tasks(broker, catalogue, disk), images=Images(storage, settings), catalogue=catalogue)
+    pictures = inputs.Inputs(storage, disk, settings)
+    tasks = Tasks(broker, catalogue, disk, pictures)
+    gateway = Gateway(tasks=tasks, images=Images(storage, settings), catalogue=catalogue)
     app.extensions[TASKS] = gateway.tasks
     _register(app, ops.create(broker, catalogue, disk))
     _register(app, images.create(gateway.tasks, gateway.images))
+    _register(app, inputs.create(pictures))
     for name in settings.dialects:
         _register(app, registry.load(dialects, name).create(gateway))
     docs.install(app)

@@ -8,7 +8,7 @@ from importlib import resources
 from flask import Blueprint, Response
 from flask_openapi3.openapi import OpenAPI
 
-from gateway.api import JSON
+from gateway.bodies import JSON
 
 ASSETS = str(resources.files("flask_openapi3_swagger") / "templates" / "swagger")
 

@@ -47,6 +47,17 @@ def read_json(model: type[M], raw: bytes) -> M:
         raise explain(error, model) from None
 
 
+def read_object(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object `raw`, whose fields nobody has looked at yet; raises MalformedBody."""
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise malformed("the part `request` is not valid JSON") from None
+    if not isinstance(values, dict):
+        raise malformed("the part `request` must be a JSON object")
+    return values
+
+
 def read(model: type[M], values: Mapping[str, Any]) -> M:
     """Return `values` as a model; raises InvalidRequest with an entry for each one that is wrong."""
     try:

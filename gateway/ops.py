@@ -136,11 +136,12 @@ def look(broker: Broker, catalogue: Catalogue, disk: DiskGuard, uptime_s: float)
 
 def model_views(catalogue: Catalogue, cards: Sequence[WorkerCard]) -> list[ModelView]:
     """Return the catalogue as clients see it."""
-    shown = ModelView.model_fields.keys() - {"default", "size_multiple", "workers"}
+    shown = ModelView.model_fields.keys() - {"default", "loras", "size_multiple", "workers"}
     return [
         ModelView(
             **spec.model_dump(include=shown),
             default=spec is catalogue.default,
+            loras=sorted({name for card in cards if spec.name in card.models for name in card.loras}),
             size_multiple=SIZE_MULTIPLE,
             workers=sum(spec.name in card.models for card in cards),
         )

@@ -23,6 +23,7 @@ from common.errors import (
     StorageError,
     StorageFull,
     TaskExpired,
+    TooBusy,
     UnknownImage,
     UnknownLora,
     UnknownModel,
@@ -64,6 +65,7 @@ KINDS: Mapping[str, Kind] = {
     RedisUnavailable.code: Kind(503, "Redis unavailable", 2),
     StorageError.code: Kind(503, "Storage unavailable", 5),
     StorageFull.code: Kind(503, "Storage full", 30),
+    TooBusy.code: Kind(503, "Too busy", 5),
     NoWorker.code: Kind(503, "No live worker", 5),
 }
 HTTP_CODES: Mapping[int, tuple[str, str]] = {  # what werkzeug raises: code and, where its own is no help, a message

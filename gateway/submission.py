@@ -5,18 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeVar
 
+from common import inputs
 from common.errors import FieldError, InvalidRequest, UnknownModel
-from common.models import SIZE_MULTIPLE, Catalogue, ModelSpec
+from common.limits import Limits
+from common.models import Catalogue, ModelSpec
 from common.schemas import SEED_MAX, GenerateRequest, ResolvedRequest
+from gateway import modes, sizes
+from gateway.inputs import Input
+
+T = TypeVar("T")
+Pictures = Mapping[str, Sequence[Input]]  # of a request, by field
+
+LIKE = ("init_image", "control_image", "reference_images")  # whose size a picture has whose own is not given
 
 
-def resolve(request: GenerateRequest, catalogue: Catalogue) -> ResolvedRequest:
-    """Return the request with every value set.
-
-    Raises InvalidRequest with an entry for each field that the model's limits refuse, and UnknownModel (which has the
-    other entries too) when there is no such model.
-    """
+def check(request: GenerateRequest, catalogue: Catalogue) -> ModelSpec:
+    """Return the model that is asked for; raises what `resolve` raises, as far as no picture needs to be looked at."""
     errors: list[FieldError] = []
     if request.template is not None:
         errors.append(FieldError("template", "is not installed here; leave it out, or see /api/templates"))
@@ -24,28 +32,56 @@ def resolve(request: GenerateRequest, catalogue: Catalogue) -> ResolvedRequest:
         spec = catalogue[request.model] if request.model is not None else catalogue.default
     except UnknownModel as error:
         raise UnknownModel(error.message, errors=[*error.errors, *errors]) from None
-    width = spec.width if request.width is None else request.width
-    height = spec.height if request.height is None else request.height
     steps = spec.steps if request.steps is None else request.steps
-    errors += _size_errors(width, height, spec)
+    errors += sizes.errors(*sizes.chosen(request, spec), spec)
     if steps > spec.max_steps:
         errors.append(FieldError("steps", f"must be from 1 to {spec.max_steps} for model {spec.name}"))
     if request.n > spec.max_n:
         errors.append(FieldError("n", f"must be from 1 to {spec.max_n} for model {spec.name}"))
     elif request.seed is not None and request.seed + request.n - 1 > SEED_MAX:
         errors.append(FieldError("seed", f"must be from 0 to {SEED_MAX - request.n + 1} for {request.n} pictures"))
-    if len({lora.name for lora in request.loras}) < len(request.loras):
-        errors.append(FieldError("loras", "names must differ"))
-    if errors:
-        raise InvalidRequest("; ".join(f"{loc}: {msg}" for loc, msg in errors), errors=errors)
+    errors += modes.errors(request, spec, catalogue)
+    if inputs.steps_done(min(steps, spec.max_steps), modes.strength(request)) < 1:
+        errors.append(FieldError("strength", f"leaves none of {steps} steps to do"))
+    _refuse(errors)
+    return spec
+
+
+def resolve(
+    request: GenerateRequest,
+    catalogue: Catalogue,
+    pictures: Pictures = MappingProxyType({}),
+    limits: Callable[[str], Limits] = lambda _: Limits(),
+) -> ResolvedRequest:
+    """Return the request with every value set. `pictures` are all of its own, `limits` what workers can do by model.
+
+    Raises InvalidRequest with an entry for each field that the model's or the workers' limits refuse, and UnknownModel
+    (which has the other entries too) when there is no such model.
+    """
+    spec = check(request, catalogue)
+    live = limits(spec.name)
+    first = next((pictures[field][0] for field in LIKE if pictures.get(field)), None)
+    like = None if first is None else (first.width, first.height)
+    width, height = sizes.chosen(request, spec, like, live.max_pixels)
+    _refuse([*sizes.errors(width, height, spec), *_live_errors(request, width * height, spec, live)])
+    handles = {field: [picture.handle for picture in found] for field, found in pictures.items()}
     return ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         model=spec.name,
         width=width,
         height=height,
-        steps=steps,
-        guidance_scale=spec.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        steps=_or(request.steps, spec.steps),
+        guidance_scale=_or(request.guidance_scale, spec.guidance_scale),
+        cfg_normalization=_or(request.cfg_normalization, spec.cfg_normalization),
+        cfg_truncation=_or(request.cfg_truncation, spec.cfg_truncation),
+        init_image=next(iter(handles.get("init_image", ())), None),
+        strength=modes.strength(request),
+        mask_image=next(iter(handles.get("mask_image", ())), None),
+        control_image=next(iter(handles.get("control_image", ())), None),
+        control_scale=modes.control_scale(request),
+        reference_images=tuple(handles.get("reference_images", ())),
+        loras=tuple(request.loras),
         preview=request.preview,
         seed=secrets.randbelow(SEED_MAX - request.n + 2) if request.seed is None else request.seed,
         n=request.n,
@@ -57,22 +93,36 @@ def resolve(request: GenerateRequest, catalogue: Catalogue) -> ResolvedRequest:
     )
 
 
-def _size_errors(width: int, height: int, spec: ModelSpec) -> list[FieldError]:
-    """Return what is wrong with the picture's size in pixels, if anything."""
-    wanted = f"must be a multiple of {SIZE_MULTIPLE} from {spec.min_side} to {spec.max_side} for model {spec.name}"
-    errors = [
-        FieldError(name, wanted)
-        for name, side in (("width", width), ("height", height))
-        if side % SIZE_MULTIPLE or not spec.min_side <= side <= spec.max_side
-    ]
-    if not errors and width * height > spec.max_pixels:
-        errors.append(FieldError("width", f"width x height must be at most {spec.max_pixels} pixels for {spec.name}"))
+def _live_errors(request: GenerateRequest, pixels: int, spec: ModelSpec, live: Limits) -> list[FieldError]:
+    """Return what no live worker can do, where they all say what they can."""
+    errors = []
+    if live.max_pixels is not None and pixels > live.max_pixels:
+        most = f"width x height must be at most {live.max_pixels} pixels"
+        errors.append(FieldError("width", f"{most}: no live worker of model {spec.name} has memory for more"))
+    if live.loras is not None and (unknown := {lora.name for lora in request.loras} - live.loras):
+        there = ", ".join(sorted(live.loras))
+        errors.append(FieldError("loras", f"no live worker has {', '.join(sorted(unknown))}; there are: {there}"))
     return errors
 
 
-def body_hash(request: GenerateRequest) -> str:
-    """Return what two requests share exactly when they ask for the same: SHA-256 over canonical JSON."""
-    canonical = json.dumps(request.model_dump(), sort_keys=True, separators=(",", ":"))
+def _refuse(errors: Sequence[FieldError]) -> None:
+    if errors:
+        raise InvalidRequest("; ".join(f"{loc}: {msg}" for loc, msg in errors), errors=errors)
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def body_hash(request: GenerateRequest, pictures: Pictures = MappingProxyType({})) -> str:
+    """Return what two requests share exactly when they ask for the same: SHA-256 over canonical JSON.
+
+    A picture counts by its file's bytes, however they were sent, and a handle as itself.
+    """
+    body = request.model_dump()
+    for field, found in pictures.items():
+        body[field] = [picture.identity for picture in found]
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

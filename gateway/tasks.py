@@ -6,17 +6,28 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
 
+from common import inputs
 from common.broker import Broker
-from common.errors import AlreadyFinal, QueueFull, RedisUnavailable, StorageFull, TaskExpired, UnknownTask
+from common.errors import (
+    AlreadyFinal,
+    IdempotencyConflict,
+    QueueFull,
+    RedisUnavailable,
+    StorageFull,
+    TaskExpired,
+    UnknownTask,
+)
 from common.models import Catalogue
 from common.records import NewTask
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus, TaskSummary
 from gateway import submission
 from gateway.diskguard import DiskGuard
+from gateway.inputs import Inputs
 from gateway.waiting import Hub
 
 READS_AT_ONCE = 32  # when thousands wake together, so that they do not use up the connections to Redis
@@ -39,33 +50,52 @@ class Accepted:
 class Tasks:
     """One process's tasks. Every method raises RedisUnavailable when Redis stays away."""
 
-    def __init__(self, broker: Broker, catalogue: Catalogue, disk: DiskGuard) -> None:
+    def __init__(self, broker: Broker, catalogue: Catalogue, disk: DiskGuard, pictures: Inputs) -> None:
         self._broker = broker
         self._catalogue = catalogue
         self._disk = disk
+        self._pictures = pictures
         self._hub = Hub(broker.events)
         self._turns = threading.BoundedSemaphore(READS_AT_ONCE)
 
     def submit(
-        self, request: GenerateRequest, *, tenant: str, request_id: str = "", idempotency_key: str = ""
+        self,
+        request: GenerateRequest,
+        *,
+        tenant: str,
+        request_id: str = "",
+        idempotency_key: str = "",
+        files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> Accepted:
-        """Accept a request; raises InvalidRequest, UnknownModel, QueueFull, StorageFull, IdempotencyConflict."""
-        resolved = submission.resolve(request, self._catalogue)
+        """Accept a request; `files` are those of its pictures that stand in it under a name.
+
+        Raises InvalidRequest, UnknownModel, QueueFull, StorageFull, StorageError, IdempotencyConflict.
+        """
+        pictures: submission.Pictures = {}
+        if named := inputs.named(request):
+            submission.check(request, self._catalogue)
+            pictures = self._pictures.look(named, files)
+        resolved = submission.resolve(request, self._catalogue, pictures, self._broker.limits)
         full = self._disk.reason()
+        if not full:
+            self._pictures.keep(pictures)
         task = NewTask(
             task_id=submission.new_task_id(),
             tenant=tenant,
             request=resolved,
             request_id=request_id,
             idempotency_key=idempotency_key,
-            body_hash=submission.body_hash(request) if idempotency_key else "",
+            body_hash=submission.body_hash(request, pictures) if idempotency_key else "",
         )
         try:
             done = self._broker.submit(task, closed=bool(full))
-        except QueueFull:
-            if full:
+        except (QueueFull, IdempotencyConflict) as error:
+            self._pictures.drop(pictures)
+            if full and isinstance(error, QueueFull):
                 raise StorageFull(full) from None
             raise
+        if not done.created:
+            self._pictures.drop(pictures)
         if done.created:
             return Accepted(
                 task_id=done.task_id, status=TaskStatus.QUEUED, position=done.position, eta_seconds=done.eta_seconds

@@ -21,8 +21,10 @@ from common.errors import (
     MalformedBody,
     QueueFull,
     RedisUnavailable,
+    StorageError,
     StorageFull,
     TaskExpired,
+    TooBusy,
     UnknownTask,
     UnsupportedMediaType,
 )
@@ -40,6 +42,7 @@ from common.schemas import (
 )
 from gateway import admission, problems, requestlog
 from gateway.api import NO_STORE, Api, Header, Query, TaskPath, json_answer
+from gateway.bodies import FilePart, Form
 from gateway.dialects.base import Gateway
 from gateway.images import Images
 
@@ -63,6 +66,16 @@ class SubmitHeader(Header):
     idempotency_key: Annotated[str, AfterValidator(_visible)] | None = Field(
         None, alias="Idempotency-Key", description="The same key and body within 24 hours are one task."
     )
+
+
+class SubmitForm(Form):
+    """A submit with files of pictures beside its JSON."""
+
+    request: GenerateRequest = Field(description="The other fields, as JSON.")
+    init_image: FilePart | None = None
+    mask_image: FilePart | None = None
+    control_image: FilePart | None = None
+    reference_images: list[FilePart] = Field(default_factory=list)
 
 
 class StatusQuery(Query):
@@ -94,17 +107,18 @@ def create(gateway: Gateway) -> Api:
 def _add_submit(api: Api, gateway: Gateway) -> None:
     refusals = (
         InvalidRequest, MalformedBody, UnsupportedMediaType, IdempotencyConflict, QueueFull, RedisUnavailable,
-        StorageFull,
+        StorageFull, StorageError, TooBusy,
     )  # fmt: skip
 
     @api.post("/api/submit", responses={"202": SubmitAnswer, **problems.documented(*refusals)})
-    def submit(body: GenerateRequest, header: SubmitHeader) -> Response:
+    def submit(body: GenerateRequest, form: SubmitForm, header: SubmitHeader) -> Response:
         """Submit a prompt. Answers at once; the pictures come later, under `status_url`."""
         accepted = gateway.tasks.submit(
             body,
             tenant=admission.tenant(),
             request_id=requestlog.current_id(),
             idempotency_key=header.idempotency_key or "",
+            files=form.files,
         )
         task_id = accepted.task_id
         requestlog.about(task_id)

@@ -11,6 +11,7 @@ from common.settings import Settings
 from common.storage import open_storage
 from gateway.app import create_app
 from gateway.diskguard import DiskGuard
+from gateway.inputs import Inputs
 from tests.unit.gateway.fake_worker import FakeWorker
 
 
@@ -22,6 +23,11 @@ def app(settings: Settings, broker: Broker) -> OpenAPI:
 @pytest.fixture
 def disk(settings: Settings) -> DiskGuard:
     return DiskGuard(open_storage(settings), settings)
+
+
+@pytest.fixture
+def pictures(settings: Settings, disk: DiskGuard) -> Inputs:
+    return Inputs(open_storage(settings), disk, settings)
 
 
 @pytest.fixture

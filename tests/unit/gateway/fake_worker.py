@@ -28,7 +28,7 @@ class FakeWorker:
         fields: dict[str, object] = {
             "name": self.name, "host": "host", "pid": 1, "state": "idle", "device": "cuda:0",
             "models": ["simulated", "pico"], "models_loaded": ["simulated"], "capacity": 1, "running": [],
-            "images_done": 0, "rss_mb": 1, "started_at": now, "seen_at": now,
+            "loras": [], "images_done": 0, "rss_mb": 1, "started_at": now, "seen_at": now,
             "gpu": GpuReading(name="H200", index=0, memory_used_mb=1000),
         }  # fmt: skip
         card = WorkerCard.model_validate(fields | changes)

@@ -50,6 +50,7 @@ def problem(answer: object) -> Problem:
 def raised_here(kind: type[FleetError]) -> bool:
     """Whether a gateway can come to raise this; the others are a worker's or the command line's."""
     workers = {"ModelLoadFailed", "PipelineFailed", "LoraUnusable", "OutOfMemory", "DeviceFailed", "DeadlineExceeded"}
+    workers |= {"InputGone"}
     return kind.__name__ not in workers | {"FleetError", "ClientError", "ConfigurationError"}
 
 

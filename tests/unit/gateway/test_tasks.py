@@ -13,6 +13,7 @@ from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus
 from common.settings import Settings
 from gateway import tasks as module
 from gateway.diskguard import DiskGuard
+from gateway.inputs import Inputs
 from gateway.tasks import Tasks
 from tests.servers import eventually
 from tests.unit.gateway.fake_worker import FakeWorker
@@ -21,8 +22,8 @@ ASKED = GenerateRequest(prompt="a red circle", steps=4)
 
 
 @pytest.fixture
-def tasks(broker: Broker, settings: Settings, disk: DiskGuard) -> Iterator[Tasks]:
-    tasks = Tasks(broker, settings.catalogue(), disk)
+def tasks(broker: Broker, settings: Settings, disk: DiskGuard, pictures: Inputs) -> Iterator[Tasks]:
+    tasks = Tasks(broker, settings.catalogue(), disk, pictures)
     yield tasks
     tasks.close()
 
@@ -64,8 +65,8 @@ def test_the_same_key_and_body_are_one_task(tasks: Tasks, worker: FakeWorker) ->
     assert submit(tasks, idempotency_key="l") != first
 
 
-def test_a_full_queue_refuses(broker: Broker, settings: Settings, disk: DiskGuard) -> None:
-    full = Tasks(Broker(settings.model_copy(update={"queue_cap": 1})), settings.catalogue(), disk)
+def test_a_full_queue_refuses(broker: Broker, settings: Settings, disk: DiskGuard, pictures: Inputs) -> None:
+    full = Tasks(Broker(settings.model_copy(update={"queue_cap": 1})), settings.catalogue(), disk, pictures)
     submit(full)
     with pytest.raises(QueueFull):
         submit(full)

@@ -1,0 +1,45 @@
+"""Work that takes a processor or a disk for long, in native threads: the one that answers everybody goes on meanwhile.
+
+Only under gunicorn's gevent worker, where threads are greenlets of a single native one. Elsewhere it is simply done.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+THREADS = 2  # what comes beyond them waits, and others are answered
+
+
+def aside(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """Return what `call` returns, or raise what it raises. It must not ask for the request that is being served."""
+    pool = _pool()
+    if pool is None:
+        return call(*args, **named)
+
+    def attempt() -> tuple[T | None, BaseException | None]:
+        try:
+            return call(*args, **named), None
+        except BaseException as error:  # gevent would print what a native thread raises
+            return None, error
+
+    result, error = pool.apply(attempt)
+    if error is not None:
+        raise error
+    done: T = result
+    return done
+
+
+@functools.cache
+def _pool() -> Any:
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return None
+    from gevent.threadpool import ThreadPool  # type: ignore[import-untyped]
+
+    return ThreadPool(THREADS)
