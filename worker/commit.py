@@ -8,7 +8,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -56,8 +56,17 @@ class Committer:
         """Take over a task that has its outcome; returns at once."""
         self._threads.submit(self._run, task)
 
+    @contextlib.contextmanager
+    def reading(self, task: HeldTask) -> Iterator[None]:
+        """Watch what is read from storage for a task as its writes are watched: for whether it stands still."""
+        self._note(task, began=True)
+        try:
+            yield
+        finally:
+            self._note(task, began=False)
+
     def standing_s(self) -> float:
-        """Return how long the slowest of the writes under way has been going on; 0 without any."""
+        """Return how long the slowest of the writes and reads under way has been going on; 0 without any."""
         with self._lock:
             return time.monotonic() - min(self._storing.values()) if self._storing else 0.0
 

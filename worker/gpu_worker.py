@@ -19,12 +19,12 @@ from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 from rq.worker_registration import register
 
-from common import storage
+from common import inputs, storage
 from common.broker import Broker
 from common.connection import connect, patiently
-from common.errors import ConfigurationError, DeviceFailed, FleetError, RedisUnavailable
+from common.errors import ConfigurationError, DeviceFailed, FleetError, RedisUnavailable, StorageError
 from common.records import Claimed
-from common.schemas import PRIORITIES, WorkerCard
+from common.schemas import PRIORITIES, TaskError, WorkerCard
 from common.settings import Settings
 from common.storage.base import discard_attempt
 from common.telemetry import configure, get_logger
@@ -33,6 +33,7 @@ from worker.commit import Committer
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat, Stage
 from worker.held import HeldTask
+from worker.inputs import Inputs
 from worker.pulse import Pulse
 from worker.slot import BAD_CONFIGURATION, RECYCLE, RECYCLED
 
@@ -75,6 +76,7 @@ class GpuWorker(SimpleWorker):
         self.vitals = heartbeat
         self.gpus = gpu.Watch([] if device == gpu.CPU else [int(device)], every_s=settings.beat_s).start()
         self.results = storage.open_storage(settings)
+        self.inputs = Inputs(self.results)
         self.broker = Broker(settings, void=self._discard)
         self.residency = memory.residency(settings, self.catalogue, device, self._models_changed)
         self.engine = Engine(
@@ -239,9 +241,27 @@ class GpuWorker(SimpleWorker):
         task = HeldTask(claimed=claimed, deadline=deadline, alone=claimed.alone, leased_at=leased_at)
         with self._lock:
             self._held[id(task)] = task
-        self.engine.offer(task)
+        if self._fetch(task):
+            self.engine.offer(task)
         with contextlib.suppress(RedisError):  # then it is learnt with the next one
             self._learn(claimed.queue)
+
+    def _fetch(self, task: HeldTask) -> bool:
+        """Bring the pictures that the task is made from; where they cannot be had it ends here, and this is False."""
+        if not inputs.named(task.claimed.request):
+            return True
+        try:
+            with self.committer.reading(task):
+                task.inputs = self.inputs.fetch(task.claimed.request)
+        except Exception as error:
+            if not isinstance(error, FleetError):
+                log.error("input_failed", task_id=task.claimed.task_id, error=type(error).__name__)
+                error = StorageError(f"what it is made from could not be read ({type(error).__name__})")
+            task.error = TaskError(code=error.code, message=error.message, retryable=error.retryable)
+            task.outcome = "failed"
+            self._retire(task)
+            return False
+        return True
 
     def _learn(self, queue: str) -> None:
         """Let RQ's tools show this worker at a queue it did not know, as when a new tenant appears."""
