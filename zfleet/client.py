@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
@@ -16,9 +18,11 @@ import requests
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from common.errors import ClientError, ConfigurationError, FieldError
+from common.inputs import FIELDS
 from common.problem import Problem
 from common.schemas import (
     Health,
+    InputImage,
     ModelView,
     QueueDepth,
     SubmitAnswer,
@@ -27,6 +31,7 @@ from common.schemas import (
     TaskView,
     WorkerCard,
 )
+from zfleet import pictures
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -126,11 +131,20 @@ class Client:
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> SubmitAnswer:
         """Hand in a task and return at once. `fields` are GenerateRequest's; None leaves one to the model's default.
 
+        A picture to start from is a handle of `upload`, base64, or the Path of a file; raises CannotRead for the last.
         A key is made where none is given, so that a submit whose answer got lost is sent again without a second task.
         """
         body = {"prompt": prompt} | {name: value for name, value in fields.items() if value is not None}
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        return self._call(SubmitAnswer, "POST", "api/submit", json=body, headers=headers)
+        files = _take_files(body)
+        if not files:
+            return self._call(SubmitAnswer, "POST", "api/submit", json=body, headers=headers)
+        parts = [("request", (None, json.dumps(body).encode(), "application/json")), *files]
+        return self._call(SubmitAnswer, "POST", "api/submit", files=parts, headers=headers)
+
+    def upload(self, path: Path) -> InputImage:
+        """Send a picture to start from, of which several tasks can be made by its handle; raises CannotRead."""
+        return self._call(InputImage, "POST", "api/images", files=[("image", (path.name, pictures.read(path)))])
 
     def status(self, task_id: str, wait: float = 0.0) -> TaskView:
         """Return a task's status: now, or within `wait` (up to 60) seconds as soon as it is final."""
@@ -305,6 +319,19 @@ class Client:
             type="about:blank", title=said, status=response.status_code, detail=detail, code="not_a_gateway"
         )
         return Refused(problem, _retry_after_s(response))
+
+
+def _take_files(body: dict[str, Any]) -> list[tuple[str, tuple[str, bytes]]]:
+    """Take the pictures that are files out of a request; return them as a form's parts."""
+    files = []
+    for field in FIELDS:
+        if field in body:
+            given = body.pop(field)
+            several = given if isinstance(given, list | tuple) else [given]
+            files += [(field, (one.name, pictures.read(one))) for one in several if isinstance(one, Path)]
+            if others := [one for one in several if not isinstance(one, Path)]:
+                body[field] = others if given is several else others[0]
+    return files
 
 
 def _part(text: str) -> str:

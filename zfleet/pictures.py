@@ -1,4 +1,4 @@
-"""Pictures as files of the user's: where they go, whether they can, and written whole or not at all."""
+"""Pictures as files of the user's: read, or written whole or not at all where they can be."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ class CannotWrite(FleetError):
     """Raised when a picture cannot be written where the user wants it."""
 
     code = "cannot_write"
+
+
+class CannotRead(FleetError):
+    """Raised when a file of the user's cannot be read."""
+
+    code = "cannot_read"
+
+
+def read(path: Path) -> bytes:
+    """Return what is in a file; raises CannotRead, naming the cause."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CannotRead(f"{path}: {_reason(error)}") from None
 
 
 def format_of(path: Path) -> str | None:

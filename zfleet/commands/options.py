@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -31,6 +32,29 @@ def readable(context: click.Context, _parameter: click.Parameter, prompt: str) -
     return prompt
 
 
+def picture(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Return a handle of the gateway's as it is, and the path of a file that can be read; of several, a list."""
+    from common.inputs import is_handle
+
+    if isinstance(value, tuple):
+        return [picture(context, parameter, one) for one in value] or None
+    if value is None or is_handle(value):
+        return value
+    return click.Path(exists=True, dir_okay=False, readable=True, path_type=Path).convert(value, parameter, context)
+
+
+def lora(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Return each NAME or NAME:SCALE as the API has it."""
+    found: list[dict[str, Any]] = []
+    for value in values:
+        name, colon, scale = value.partition(":")
+        try:
+            found.append({"name": name, "scale": float(scale)} if colon else {"name": name})
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not NAME or NAME:SCALE", context, parameter) from None
+    return found or None
+
+
 def request(command: F) -> F:
     """Add the prompt and every field of a request; they reach the command by the names that the API has."""
     options: Sequence[Callable[[F], F]] = (
@@ -43,6 +67,24 @@ def request(command: F) -> F:
         click.option("-n", "--n", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures."),
         click.option("--negative-prompt", metavar="TEXT", help="What to keep out; needs a guidance scale above 0."),
         click.option("--guidance-scale", type=float, help="How strongly the prompt is followed."),
+        click.option(
+            "--init-image", callback=picture, metavar="FILE", help="The picture to start from, or its handle."
+        ),
+        click.option("--strength", type=float, help="How much of it is painted over, above 0 and up to 1."),
+        click.option("--mask", "mask_image", callback=picture, metavar="FILE", help="Where to: white."),
+        click.option("--control", "control_image", callback=picture, metavar="FILE", help="For the ControlNet."),
+        click.option("--control-scale", type=float, help="How much that counts, 0 to 2."),
+        click.option(
+            "--reference",
+            "reference_images",
+            callback=picture,
+            multiple=True,
+            metavar="FILE",
+            help="A picture to edit; may be repeated.",
+        ),
+        click.option(
+            "--lora", "loras", callback=lora, multiple=True, metavar="NAME[:SCALE]", help="A LoRA; may be repeated."
+        ),
         click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Its queue."),
         click.option("--format", type=click.Choice(["webp", "png", "jpeg"]), help="The picture's encoding."),
         click.option("--quality", type=click.IntRange(1, 100), help="For webp and jpeg."),

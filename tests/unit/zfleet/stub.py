@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
 import json
 import threading
 from collections import deque
@@ -11,6 +12,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
+
+from werkzeug.formparser import MultiPartParser
+from werkzeug.http import parse_options_header
 
 PIXELS = b"not really a picture"
 TASK = "0123456789abcdef0123456789abcdef"
@@ -47,7 +51,7 @@ class StubGateway:
 
             def do_GET(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
-                body = json.loads(self.rfile.read(length)) if length else None
+                body = read(self.headers.get("Content-Type", ""), self.rfile.read(length)) if length else None
                 stub.asked.append(Asked(method=self.command, path=self.path, headers=dict(self.headers), body=body))
                 reply = stub.replies.popleft() if len(stub.replies) > 1 else stub.replies[0]
                 if reply.drop:
@@ -79,6 +83,18 @@ class StubGateway:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def read(content_type: str, raw: bytes) -> Any:
+    """JSON as it is; of a form its `request` as JSON, and a list of (name, bytes) for each name of a file."""
+    kind, options = parse_options_header(content_type)
+    if kind != "multipart/form-data":
+        return json.loads(raw)
+    texts, files = MultiPartParser().parse(io.BytesIO(raw), options["boundary"].encode(), len(raw))
+    parts: dict[str, Any] = {name: json.loads(text) for name, text in texts.items()}
+    for name, file in files.items(multi=True):
+        parts.setdefault(name, []).append((file.filename, file.stream.read()))
+    return parts
 
 
 def accepted() -> Reply:

@@ -57,6 +57,13 @@ def names() -> list[str]:
         ("generate x|-o|/dev/null", "no regular file"),
         ("generate x|-o|x.gif", ".webp"),
         ("generate x|-o|" + "x" * 300 + ".png", "too long"),
+        ("generate x|--init-image|none.png", "'none.png' does not exist"),
+        ("generate x|--init-image|.", "is a directory"),
+        ("generate x|--mask|img_1", "'img_1' does not exist"),
+        ("generate x|--reference|none.png", "--reference"),
+        ("submit x|--control|none.png", "--control"),
+        ("generate x|--strength|half", "--strength"),
+        ("generate x|--lora|ink:much", "'ink:much' is not NAME or NAME:SCALE"),
         ("generate x|--url|nonsense", "not a gateway's URL"),
         ("generate x|--url", "--url"),
         ("submit", "PROMPT"),
@@ -125,6 +132,27 @@ def test_generate_saves_the_picture_and_prints_its_path(capsys: pytest.CaptureFi
     assert out == "my cat.png\n"
     assert err.splitlines() == ["queued, 2 ahead", "running, step 2 of 4", "succeeded"]
     assert stub.asked[0].body == {"prompt": "a cat", "seed": 7, "n": 1, "format": "png"}
+
+
+def test_generate_starts_from_pictures_and_paints_with_loras() -> None:
+    for name in ("init.png", "mask.png", "r1.png", "r2.png", "c.png"):
+        Path(name).write_bytes(name.encode())
+    handle = f"img_{'0' * 32}"
+    line = [
+        "submit", "a cat", "--init-image", "init.png", "--strength", "0.5", "--mask", "mask.png", "--control", handle,
+        "--control-scale", "0.5", "--reference", "r1.png", "--reference", handle, "--reference", "r2.png",
+        "--lora", "ink:0.8", "--lora", "clay",
+    ]  # fmt: skip
+    with StubGateway(accepted()) as stub:
+        assert cli.main([*line, "--url", stub.url]) == 0
+    assert stub.asked[0].body == {
+        "request": {
+            "prompt": "a cat", "n": 1, "strength": 0.5, "control_image": handle, "control_scale": 0.5,
+            "reference_images": [handle], "loras": [{"name": "ink", "scale": 0.8}, {"name": "clay"}],
+        },
+        "init_image": [("init.png", b"init.png")], "mask_image": [("mask.png", b"mask.png")],
+        "reference_images": [("r1.png", b"r1.png"), ("r2.png", b"r2.png")],
+    }  # fmt: skip
 
 
 def test_several_pictures_are_numbered(capsys: pytest.CaptureFixture[str]) -> None:

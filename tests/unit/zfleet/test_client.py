@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from common.schemas import TaskView
 from tests.servers import free_port
 from tests.unit.zfleet.stub import PIXELS, TASK, Reply, StubGateway, accepted, problem, view
 from zfleet.client import FIRST_CONTACT_S, Client, NotInTime, Refused, TaskFailed, Unreachable
+from zfleet.pictures import CannotRead
 
 
 def test_submit_sends_the_fields_that_were_given_and_a_key() -> None:
@@ -25,6 +27,51 @@ def test_a_submit_whose_answer_got_lost_is_sent_again_under_the_same_key() -> No
         client.submit("a cat")
     assert len({asked.headers["Idempotency-Key"] for asked in stub.asked}) == 1
     assert len(stub.asked) == 3
+
+
+def test_pictures_that_are_files_go_along_as_a_form(tmp_path: Path) -> None:
+    one, two = tmp_path / "ein Bild.png", tmp_path / "b.webp"
+    one.write_bytes(b"one")
+    two.write_bytes(b"two" * 100_000)
+    with StubGateway(Reply(drop=True), accepted()) as stub, Client(stub.url) as client:
+        handle = f"img_{'0' * 32}"
+        client.submit("a cat", init_image=one, mask_image=handle, reference_images=[two, handle, one], seed=None)
+    assert (
+        stub.asked[1].body
+        == stub.asked[0].body
+        == {
+            "request": {"prompt": "a cat", "mask_image": handle, "reference_images": [handle]},
+            "init_image": [("ein Bild.png", b"one")],
+            "reference_images": [("b.webp", b"two" * 100_000), ("ein Bild.png", b"one")],
+        }
+    )
+    assert len({asked.headers["Idempotency-Key"] for asked in stub.asked}) == 1
+
+
+def test_pictures_that_are_no_files_stay_in_the_json() -> None:
+    with StubGateway(accepted()) as stub, Client(stub.url) as client:
+        client.submit("a cat", init_image="aGVsbG8=", reference_images=("a", "b"))
+    assert stub.asked[0].body == {"prompt": "a cat", "init_image": "aGVsbG8=", "reference_images": ["a", "b"]}
+
+
+def test_an_upload_gives_a_handle(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"one")
+    sent = {
+        "handle": "img_1", "width": 4, "height": 3, "format": "png", "bytes": 3, "expires_at": "2026-01-31T12:00:00Z",
+    }  # fmt: skip
+    with StubGateway(Reply(status=201, body=sent)) as stub, Client(stub.url) as client:
+        assert client.upload(tmp_path / "a.png").handle == "img_1"
+    assert (stub.asked[0].path, stub.asked[0].body) == ("/api/images", {"image": [("a.png", b"one")]})
+
+
+@pytest.mark.parametrize(("name", "says"), [("none.png", "no such file"), (".", "is a directory")])
+def test_a_file_that_cannot_be_read_is_told_before_anything_is_sent(tmp_path: Path, name: str, says: str) -> None:
+    with StubGateway(accepted()) as stub, Client(stub.url) as client:
+        for call in (lambda: client.upload(tmp_path / name), lambda: client.submit("x", init_image=tmp_path / name)):
+            with pytest.raises(CannotRead, match=says) as caught:
+                call()
+            assert str(tmp_path / name) in caught.value.message
+    assert stub.asked == []
 
 
 def test_two_submits_have_two_keys() -> None:
