@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -19,12 +19,12 @@ from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 from rq.worker_registration import register
 
-from common import inputs, storage
+from common import storage
 from common.broker import Broker
 from common.connection import connect, patiently
-from common.errors import ConfigurationError, DeviceFailed, FleetError, RedisUnavailable, StorageError
+from common.errors import ConfigurationError, DeviceFailed, FleetError, RedisUnavailable
 from common.records import Claimed
-from common.schemas import PRIORITIES, TaskError, WorkerCard
+from common.schemas import PRIORITIES, WorkerCard
 from common.settings import Settings
 from common.storage.base import discard_attempt
 from common.telemetry import configure, get_logger
@@ -33,7 +33,7 @@ from worker.commit import Committer
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat, Stage
 from worker.held import HeldTask
-from worker.inputs import Inputs
+from worker.preparing import Preparer
 from worker.pulse import Pulse
 from worker.slot import BAD_CONFIGURATION, RECYCLE, RECYCLED
 
@@ -76,7 +76,6 @@ class GpuWorker(SimpleWorker):
         self.vitals = heartbeat
         self.gpus = gpu.Watch([] if device == gpu.CPU else [int(device)], every_s=settings.beat_s).start()
         self.results = storage.open_storage(settings)
-        self.inputs = Inputs(self.results)
         self.broker = Broker(settings, void=self._discard)
         self.residency = memory.residency(settings, self.catalogue, device, self._models_changed)
         self.engine = Engine(
@@ -89,6 +88,7 @@ class GpuWorker(SimpleWorker):
             heartbeat=heartbeat,
         )
         self.committer = Committer(name, self.broker, self.results, committed=self._committed, heartbeat=heartbeat)
+        self.preparer = Preparer(self.results, settings.lora_dir, self.committer.reading)
         self.pulse = Pulse(
             name,
             Broker(settings),  # with connections of its own
@@ -99,6 +99,7 @@ class GpuWorker(SimpleWorker):
             stuck=self._is_stuck,
         )
         self._held: dict[int, HeldTask] = {}
+        self._max_pixels: Mapping[str, int] = {}
         self._committing = 0
         self._lock = threading.Lock()
         self._draining = threading.Event()
@@ -170,6 +171,8 @@ class GpuWorker(SimpleWorker):
             gpu=None if self.device == gpu.CPU else self.gpus.reading(int(self.device)),
             models=list(self.catalogue if self._loading else self.residency.offered),
             models_loaded=list(self.residency.loaded),
+            max_pixels=self._max_pixels,
+            loras=self.preparer.loras,
             counters=self.residency.counters(),
             capacity=self.engine.capacity,
             running=[task.claimed.task_id for task in held],
@@ -196,6 +199,7 @@ class GpuWorker(SimpleWorker):
 
     def _feed(self) -> None:
         while not self._draining.is_set():
+            self.preparer.look()
             room = self.engine.await_room(IDLE_WAIT_S)
             if not room:
                 continue
@@ -241,27 +245,12 @@ class GpuWorker(SimpleWorker):
         task = HeldTask(claimed=claimed, deadline=deadline, alone=claimed.alone, leased_at=leased_at)
         with self._lock:
             self._held[id(task)] = task
-        if self._fetch(task):
+        if self.preparer.prepare(task):
             self.engine.offer(task)
+        else:
+            self._retire(task)
         with contextlib.suppress(RedisError):  # then it is learnt with the next one
             self._learn(claimed.queue)
-
-    def _fetch(self, task: HeldTask) -> bool:
-        """Bring the pictures that the task is made from; where they cannot be had it ends here, and this is False."""
-        if not inputs.named(task.claimed.request):
-            return True
-        try:
-            with self.committer.reading(task):
-                task.inputs = self.inputs.fetch(task.claimed.request)
-        except Exception as error:
-            if not isinstance(error, FleetError):
-                log.error("input_failed", task_id=task.claimed.task_id, error=type(error).__name__)
-                error = StorageError(f"what it is made from could not be read ({type(error).__name__})")
-            task.error = TaskError(code=error.code, message=error.message, retryable=error.retryable)
-            task.outcome = "failed"
-            self._retire(task)
-            return False
-        return True
 
     def _learn(self, queue: str) -> None:
         """Let RQ's tools show this worker at a queue it did not know, as when a new tenant appears."""
@@ -280,6 +269,7 @@ class GpuWorker(SimpleWorker):
             self.drain(math.inf)
 
     def _models_changed(self) -> None:
+        self._max_pixels = memory.largest_pictures(self.residency, self.catalogue)
         self.vitals.holds_memory(self.residency.memory_used_mb())
         self.vitals.has_models(self.residency.changes)
         self.pulse.beat_soon()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from common.records import Claimed, Hold, Verdict
 from common.schemas import TaskError
 from worker.heartbeat import Cause, InHand
-from worker.pipelines.base import ImageRequest, Run
+from worker.pipelines.base import ImageRequest, Lora, Run
 
 Outcome = Literal["succeeded", "failed", "canceled", "released", "lost"]
 
@@ -32,6 +32,7 @@ class HeldTask:
     stored: bool = False  # nothing of it is left to be encoded or stored
     error: TaskError | None = None
     inputs: Mapping[str, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)  # by field: the pictures it is from
+    loras: Sequence[Lora] = ()
     pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by picture, (height, width, 3)
     preview: NDArray[np.uint8] | None = None  # the newest that nobody has told of yet, (height, width, 3)
     preview_due: float = 0.0  # when the next one may be made; never, once one could not be
@@ -69,7 +70,7 @@ class HeldTask:
         return run_limit, "run_limit"
 
     def image_request(self, index: int) -> ImageRequest:
-        """Return what the pipeline is asked for, for one of its pictures; the LoRAs are not in it yet."""
+        """Return what the pipeline is asked for, for one of its pictures."""
         request = self.claimed.request
         first = {field: found[0] for field, found in self.inputs.items() if found}
         return ImageRequest(
@@ -88,6 +89,7 @@ class HeldTask:
             control_image=first.get("control_image"),
             control_scale=request.control_scale,
             reference_images=tuple(self.inputs.get("reference_images", ())),
+            loras=tuple(self.loras),
         )
 
     @property

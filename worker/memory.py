@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from common.models import Catalogue
 from common.settings import Settings
 from worker import gpu
 from worker.pipelines.base import MIB, Tuning
 from worker.residency import Residency
+from worker.vram import budget_bytes, largest_picture
 
 
 def residency(settings: Settings, catalogue: Catalogue, device: str, changed: Callable[[], None]) -> Residency:
@@ -28,14 +29,33 @@ def residency(settings: Settings, catalogue: Catalogue, device: str, changed: Ca
         keep=settings.models_to_keep(),
         max_resident=settings.max_resident,
         idle_s=settings.idle_unload_s,
-        memory_mb=memory_mb(device, limit_mb),
+        memory_mb=memory_mb(settings, device),
         changed=changed,
     )
 
 
-def memory_mb(device: str, limit_mb: int | None) -> int | None:
-    """Return the MiB of a device that a worker may use; None where nobody says, as on a CPU without a limit."""
-    total_mb = None if device == gpu.CPU else gpu.memory_mb(int(device))
-    if total_mb is None or limit_mb is None:
-        return total_mb or limit_mb
-    return min(total_mb, limit_mb)
+def memory_mb(settings: Settings, device: str) -> int | None:
+    """Return the MiB of a device that models and pictures may take; None where nobody says, as on a CPU unlimited.
+
+    To be asked before this process has touched the device: what is in use on it then belongs to others.
+    """
+    reading = None if device == gpu.CPU else gpu.read(int(device))
+    limit_mb = settings.memory_limit_mb
+    budget = budget_bytes(
+        device="cpu" if device == gpu.CPU else "cuda",
+        total=None if reading is None or reading.memory_total_mb is None else reading.memory_total_mb * MIB,
+        others=0 if reading is None else (reading.memory_used_mb or 0) * MIB,
+        limit=None if limit_mb is None else limit_mb * MIB,
+        kept=0 if device == gpu.CPU else settings.embeds_cache_mb * MIB,
+    )
+    return None if budget is None else budget // MIB
+
+
+def largest_pictures(models: Residency, catalogue: Catalogue) -> Mapping[str, int]:
+    """Return for each model in memory the pixels of the largest picture that fits beside it; none where all fit."""
+    free = {model: models.free_bytes(model) for model in models.loaded}
+    return {
+        model: largest_picture(models.pipeline(model), catalogue[model], budget)
+        for model, budget in free.items()
+        if budget is not None
+    }

@@ -9,19 +9,12 @@ CUDA_CONTEXT = 512 * MIB  # what the driver takes for a process's kernels and st
 
 
 def budget_bytes(
-    resident: int,
-    *,
-    device: str,
-    total: int | None = None,
-    others: int = 0,
-    limit: int | None = None,
-    kept: int = 0,
+    *, device: str, total: int | None = None, others: int = 0, limit: int | None = None, kept: int = 0
 ) -> int | None:
-    """Return the bytes that pictures may take together, 0 or more; None where nothing bounds them.
+    """Return the bytes that models and pictures may take together, 0 or more; None where nothing bounds them.
 
-    `resident` is what is in memory while no picture is made: the weights of all models there. `total` is the device's
-    memory, of which `others`, other processes, have theirs; None where it does not say, as on a CPU. `limit` is what
-    this worker may use of it. `kept` is what caches may still grow by.
+    `total` is the device's memory, of which `others`, other processes, have theirs; None where it does not say, as on a
+    CPU. `limit` is what this worker may use of it. `kept` is what caches may grow to.
     """
     bounds = [] if total is None else [total - others]
     if limit is not None:
@@ -29,7 +22,7 @@ def budget_bytes(
     if not bounds:
         return None
     context = CUDA_CONTEXT if device == "cuda" else 0
-    return max(0, min(bounds) - context - resident - kept)
+    return max(0, min(bounds) - context - kept)
 
 
 def largest_picture(pipeline: BasePipeline, spec: ModelSpec, budget: int | None) -> int:

@@ -116,7 +116,7 @@ def test_the_pipeline_is_given_what_was_fetched(broker: Broker, store: BaseStora
     submit(**handles, strength=0.5, seed=7, n=2, cfg_normalization=1.5, cfg_truncation=0.75, control_scale=0.25)
     task = held(broker)
     task.inputs = Inputs(store).fetch(task.claimed.request)
-    asked = task.asked(1)
+    asked = task.image_request(1)
     assert (asked.seed, asked.strength, asked.control_scale, asked.control_image) == (8, 0.5, 0.25, None)
     assert (asked.cfg_normalization, asked.cfg_truncation) == (1.5, 0.75)
     assert asked.init_image is task.inputs["init_image"][0]
@@ -158,7 +158,7 @@ def test_whatever_goes_wrong_no_task_is_held_for_ever(
     def broken(_: ResolvedRequest) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(worker.inputs, "fetch", broken)
+    monkeypatch.setattr(worker.preparer._inputs, "fetch", broken)
     task_id = submit(init_image=new_handle())
     take(worker, broker)
     worker.committer.close()
@@ -192,7 +192,7 @@ def test_a_read_that_hangs_keeps_no_lease_alive_and_is_seen_by_the_supervisor(
         assert reading.in_store == [task.in_hand] and reading.store_since < math.inf
         return {}
 
-    monkeypatch.setattr(worker.inputs, "fetch", hang)
+    monkeypatch.setattr(worker.preparer._inputs, "fetch", hang)
     submit(init_image=new_handle())
     take(worker, broker)
     ((before, standing_s, stuck),) = seen

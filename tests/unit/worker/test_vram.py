@@ -81,25 +81,25 @@ def estimate(shape: Shape, side: int, count: int, *, device: str = "cuda") -> in
 
 
 def test_a_cpu_without_a_limit_has_no_budget() -> None:
-    assert budget_bytes(5 * GIB, device="cpu") is None
+    assert budget_bytes(device="cpu") is None
 
 
 def test_a_limit_holds_on_a_cpu() -> None:
-    assert budget_bytes(5 * GIB, device="cpu", limit=6 * GIB) == GIB
-    assert budget_bytes(5 * GIB, device="cpu", limit=4 * GIB) == 0
+    assert budget_bytes(device="cpu", limit=6 * GIB) == 6 * GIB
 
 
-def test_what_others_and_the_weights_have_is_not_for_pictures() -> None:
-    budget = budget_bytes(20 * GIB, device="cuda", total=80 * GIB, others=10 * GIB, kept=GIB)
-    assert budget == 49 * GIB - CUDA_CONTEXT
+def test_what_others_have_is_not_for_us() -> None:
+    budget = budget_bytes(device="cuda", total=80 * GIB, others=10 * GIB, kept=GIB)
+    assert budget == 69 * GIB - CUDA_CONTEXT
+    assert budget_bytes(device="cuda", total=10 * GIB, others=11 * GIB) == 0
 
 
 def test_the_tighter_of_the_device_and_the_limit_counts() -> None:
     def left(limit: int) -> int | None:
-        return budget_bytes(20 * GIB, device="cuda", total=80 * GIB, others=30 * GIB, limit=limit)
+        return budget_bytes(device="cuda", total=80 * GIB, others=30 * GIB, limit=limit)
 
-    assert left(24 * GIB) == 4 * GIB - CUDA_CONTEXT
-    assert left(60 * GIB) == 30 * GIB - CUDA_CONTEXT
+    assert left(24 * GIB) == 24 * GIB - CUDA_CONTEXT
+    assert left(60 * GIB) == 50 * GIB - CUDA_CONTEXT
 
 
 @given(each=st.integers(1, 5000), budget=st.integers(0, 1 << 36), bound=st.integers(256 * 256, 2048 * 2048))
@@ -137,8 +137,8 @@ def test_the_memory_that_the_catalogue_asks_for_is_that_of_one_picture(full: tup
 def test_z_image_on_the_gpus_it_is_made_for(full: tuple[Shape, int]) -> None:
     shape, weights = full
     for memory, count in ((24, 1), (32, 8), (80, 32)):
-        budget = budget_bytes(weights, device="cuda", total=memory * GIB)
-        assert budget is not None and estimate(shape, 1024, count) <= budget
+        budget = budget_bytes(device="cuda", total=memory * GIB)
+        assert budget is not None and weights + estimate(shape, 1024, count) <= budget
 
 
 def test_the_figures_in_the_measurements(full: tuple[Shape, int]) -> None:
