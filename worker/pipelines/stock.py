@@ -7,7 +7,6 @@ the call, as `max_sequence_length = 256`.
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
-from transformers.utils import logging as transformers_logging
 
 from common.errors import LoraUnusable, ModelLoadFailed, PipelineFailed
 from common.models import ModelSpec
@@ -27,7 +24,8 @@ from worker.pipelines.base import MIB, BasePipeline, ImageRequest, Run
 from worker.stepwise import Stepwise
 from worker.zimage.errors import named_errors
 from worker.zimage.parts import weights_dtype
-from worker.zimage.sources import local_folder
+from worker.zimage.residue import Traces, allocated_bytes, release_cache, weight_bytes
+from worker.zimage.sources import loading, local_folder
 
 NEEDED = ("prompt", "num_inference_steps", "generator", "callback_on_step_end")  # arguments no call can do without
 
@@ -53,14 +51,16 @@ class Pipeline(BasePipeline):
 
     _pipeline: Any
     _parameters: Mapping[str, inspect.Parameter]  # of its call
+    _calls: weakref.WeakSet[Stepwise[Any]]
 
     def load(self) -> None:
         """Bring the weights onto the device; raises ModelLoadFailed with the remedy."""
         pipeline = _load(self.spec, self.device)
         pipeline.set_progress_bar_config(disable=True)
         self._pipeline = pipeline
+        self.loaded_from = self.spec.source
         self._parameters = _parameters(pipeline)
-        self._calls: weakref.WeakSet[Stepwise[Any]] = weakref.WeakSet()
+        self._calls = weakref.WeakSet()
 
     def start(self, request: ImageRequest) -> Run:
         """Prepare the call. It begins with the first step, which encodes the prompt."""
@@ -109,37 +109,36 @@ class Pipeline(BasePipeline):
 
     def unload(self) -> int:
         """Let go of the model, for good; return how many bytes of its weights are still held by somebody."""
-        for call in tuple(self._calls):
+        for call in tuple(getattr(self, "_calls", ())):
             call.stop()
-        weights = [(weakref.ref(weight), weight.nbytes) for weight in self._weights()]
+        if not hasattr(self, "_pipeline"):
+            return 0
+        traces = Traces(self._models())
         del self._pipeline
-        gc.collect()
-        self.release_memory()
-        return sum(nbytes for weight, nbytes in weights if weight() is not None)
+        left = traces.left()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return left
 
     def weight_bytes(self) -> int:
-        """Return how many bytes the model's weights take on the device."""
-        return sum(weight.nbytes for weight in self._weights())
+        """Return how many bytes the model's weights are."""
+        return weight_bytes(self._models()) if hasattr(self, "_pipeline") else 0
 
     def allocated_bytes(self) -> int:
         """Return the device memory in live tensors of this process; 0 on a CPU."""
-        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
+        return allocated_bytes() if self.device == "cuda" else 0
 
     def release_memory(self) -> None:
-        """Give memory that no run uses any more back to the device."""
+        """Give memory that no run uses any more back to the device, where it is worth waiting for."""
         if self.device == "cuda":
-            torch.cuda.empty_cache()
+            release_cache()
 
     def memory_used_mb(self) -> int:
-        """Device memory that this process's torch holds, in MiB, free blocks of its cache included; 0 on a CPU."""
-        return torch.cuda.memory_reserved() // MIB if self.device == "cuda" else 0
+        """Device memory in live tensors of this process, in MiB; 0 on a CPU."""
+        return self.allocated_bytes() // MIB
 
-    def _weights(self) -> list[torch.Tensor]:
-        """Return the model's parameters and buffers, each once."""
-        parts = self._pipeline.components.values()
-        modules = [part for part in parts if isinstance(part, torch.nn.Module)]
-        found = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-        return list({id(tensor): tensor for tensor in found}.values())
+    def _models(self) -> list[torch.nn.Module]:
+        return [part for part in self._pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
     def _copy(self) -> Any:
         """Return a pipeline with the same models and schedulers of its own, as each keeps the state of one call.
@@ -179,34 +178,20 @@ class Pipeline(BasePipeline):
 
 def _load(spec: ModelSpec, device: str) -> Any:
     """Return the library's pipeline with its weights on the device; raises ModelLoadFailed."""
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()  # a worker's output is one JSON object a line
     if spec.modes != ("text",):
         raise ModelLoadFailed(f"model {spec.name}: pipeline stock makes pictures from text alone; set its modes so")
-    try:
-        folder = local_folder(spec, spec.source)
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder or spec.source,
-            revision=None if folder else spec.revision,
-            local_files_only=folder is not None,
+    with loading(spec, "a text-to-image checkpoint without code of its own"):
+        here = local_folder(spec, spec.source)
+        pipeline: Any = DiffusionPipeline.from_pretrained(
+            here or spec.source,
+            revision=None if here else spec.revision,
+            local_files_only=here is not None,
             use_safetensors=True,
             trust_remote_code=False,
             dtype=weights_dtype(spec, device),
         )
         _check_call(spec, pipeline)
         return pipeline.to(device)
-    except ModelLoadFailed:
-        raise
-    except torch.OutOfMemoryError as error:
-        remedy = "free the GPU, choose a smaller model, or serve fewer models on this worker"
-        raise ModelLoadFailed(f"model {spec.name}: not enough GPU memory; {remedy} ({error})") from error
-    except Exception as error:  # the libraries raise nearly anything for a broken checkpoint
-        remedy = (
-            "the source must be a folder or hub id of a text-to-image checkpoint in diffusers' format, with "
-            "safetensors and no code of its own; for the hub, check the network, HF_TOKEN and the revision"
-        )
-        cause = f"{type(error).__name__}: {error}"
-        raise ModelLoadFailed(f"model {spec.name} from {spec.source}: {cause}; {remedy}") from error
 
 
 def _parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:

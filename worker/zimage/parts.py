@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import ZImageControlNetModel
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from common.errors import ModelLoadFailed
 from common.models import SIZE_MULTIPLE, ModelSpec
 from worker.pipelines.base import DEFAULT_TUNING, Tuning
 from worker.zimage import offload
 from worker.zimage.skeletons import MODELS, classes_of, empty, naming
-from worker.zimage.sources import Source, find, remedy
+from worker.zimage.sources import Source, find, loading
 from worker.zimage.weights import Component, fill_all, survey
 
 CAPTION_MULTIPLE = 32  # tokens: the transformer pads every caption to a multiple of this
@@ -53,20 +51,11 @@ def load_parts(spec: ModelSpec, device: str, tuning: Tuning = DEFAULT_TUNING) ->
 
     Raises ModelLoadFailed with the remedy.
     """
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()  # a worker's output is one JSON object a line
-    try:
+    with loading(spec, "a Z-Image checkpoint"):
         dtype = weights_dtype(spec, device)
         source = find(spec, spec.source, spec.revision)
         controlnet = find(spec, spec.controlnet, spec.controlnet_revision) if spec.controlnet else None
         return _load(spec, source, controlnet, device=device, dtype=dtype, tuning=tuning)
-    except ModelLoadFailed:
-        raise
-    except torch.OutOfMemoryError as error:
-        advice = "free the GPU, choose a smaller model, or serve fewer models on this worker"
-        raise ModelLoadFailed(f"model {spec.name}: not enough GPU memory; {advice} ({error})") from error
-    except Exception as error:  # the libraries raise nearly anything for a broken checkpoint
-        raise ModelLoadFailed(remedy(spec, error)) from error
 
 
 def _load(

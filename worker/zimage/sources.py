@@ -1,11 +1,18 @@
-"""Where a model's files are: in the package, in a folder here, or fetched from the hub."""
+"""Where a model's files are: in the package, in a folder here, or fetched from the hub; and what to do when they are
+not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
+from transformers.utils import logging as transformers_logging
 
 from common.errors import ModelLoadFailed
 from common.models import ModelSpec
@@ -29,18 +36,21 @@ class Source(NamedTuple):
 
 
 def find(spec: ModelSpec, source: str, revision: str | None) -> Source:
-    """Return where a checkpoint is, fetched from the hub if need be; for a folder here the hub is never asked.
+    """Return where a Z-Image checkpoint is, fetched from the hub if need be.
 
     Raises ModelLoadFailed for a folder that is not there; the hub's own errors pass.
     """
-    if here := local_folder(spec, source):
+    if (here := local_folder(spec, source)) is not None:
         return Source(here, source)
     folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
     return Source(folder, f"{source}@{folder.name[:12]}")  # a snapshot's folder is named after its commit
 
 
 def local_folder(spec: ModelSpec, source: str) -> Path | None:
-    """Return the folder of a source on this machine, or None for a hub id; raises ModelLoadFailed for no folder."""
+    """Return the folder of a model that is on this machine, for which the hub is never asked; None for a hub id.
+
+    Raises ModelLoadFailed for a folder that is not there.
+    """
     if source == "builtin":
         return pico.FOLDER
     path = Path(source).expanduser()
@@ -51,13 +61,31 @@ def local_folder(spec: ModelSpec, source: str) -> Path | None:
     return None
 
 
-def remedy(spec: ModelSpec, error: Exception) -> str:
-    """Return what to tell the operator of a checkpoint that could not be loaded."""
+@contextmanager
+def loading(spec: ModelSpec, kind: str) -> Iterator[None]:
+    """Keep the libraries quiet while they load, and raise ModelLoadFailed with the remedy for whatever they raise.
+
+    `kind` says what the checkpoint should be.
+    """
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # a worker's output is one JSON object a line
+    try:
+        yield
+    except ModelLoadFailed:
+        raise
+    except torch.OutOfMemoryError as error:
+        advice = "free the GPU, choose a smaller model, or serve fewer models on this worker"
+        raise ModelLoadFailed(f"model {spec.name}: not enough GPU memory; {advice} ({error})") from error
+    except Exception as error:  # the libraries raise nearly anything for a broken checkpoint
+        raise ModelLoadFailed(_remedy(spec, kind, error)) from error
+
+
+def _remedy(spec: ModelSpec, kind: str, error: Exception) -> str:
     if spec.source == "builtin":
         advice = f"install zfleet again: {pico.FOLDER} is damaged"
     else:
         advice = (
-            "the source must be a folder or hub id of a Z-Image checkpoint, diffusers format with safetensors; "
+            f"the source must be a folder or hub id of {kind}, diffusers format with safetensors; "
             "for the hub, check the network, HF_TOKEN and the revision, or download it and name the folder"
         )
     return f"model {spec.name} from {spec.source}: {type(error).__name__}: {error}; {advice}"

@@ -459,3 +459,11 @@ def test_nothing_records_gradients(pipeline: Pipeline, tmp_path: Path) -> None:
         parameter.requires_grad for name, parameter in pipeline._parts.transformer.named_parameters() if "lora_" in name
     )
     assert not any(parameter.is_inference() for parameter in pipeline._parts.transformer.parameters())
+
+
+def test_unloading_the_model_takes_its_loras_along(tmp_path: Path) -> None:
+    made = load()
+    plain = made.weight_bytes()
+    picture(made, Lora(write_lora(tmp_path / "a.safetensors"), 1.0))
+    assert made.weight_bytes() == plain + made._adapters.nbytes
+    assert made.unload() == 0
