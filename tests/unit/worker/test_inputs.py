@@ -123,7 +123,7 @@ def test_the_pipeline_is_given_what_was_fetched(broker: Broker, store: BaseStora
     assert asked.mask_image is not None and asked.mask_image.shape == (64, 64)
     assert asked.reference_images == tuple(task.inputs["reference_images"])
     task.inputs = {}
-    assert task.asked(0).init_image is None
+    assert task.image_request(0).init_image is None
 
 
 # In a worker
