@@ -15,8 +15,8 @@ from worker.pipelines.base import MIB, Tuning
 log = get_logger()
 
 ENCODERS = ("text_encoder", "vae", "siglip")  # used once or twice a picture; the others at every step
-FORWARD = 1536 * MIB  # what one forward takes at 1024 x 1024, in bfloat16
-MARGIN = 1024 * MIB  # the workspaces of cuBLAS and cuDNN, what the allocator rounds up, and the decoder's surplus
+FORWARD = 1536 * MIB  # three forwards at 1024 x 1024, in bfloat16
+MARGIN = 1280 * MIB  # with it, what a picture takes at its fullest: decoding, with room for cuDNN's copies
 
 Choice = Literal["none", "encoders", "all"]
 
@@ -34,7 +34,7 @@ class Waiting(NamedTuple):
 def choose(wanted: Literal["auto", "none", "encoders", "all"], *, steady: int, encoders: int, available: int) -> Choice:
     """Return what waits, for the bytes of the encoders, of the rest of the model, and of the GPU.
 
-    `auto` lets as little wait as leaves room for a forward at 1024 x 1024.
+    `auto` lets as little wait as leaves room for one picture at 1024 x 1024.
     """
     if wanted != "auto":
         return wanted

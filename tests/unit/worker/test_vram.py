@@ -18,6 +18,7 @@ from common.models import BUILT_IN, ModelSpec
 from worker.pipelines.base import MIB, ImageRequest, Tuning
 from worker.pipelines.zimage import Pipeline
 from worker.vram import CUDA_CONTEXT, budget_bytes, largest_picture
+from worker.zimage import offload
 from worker.zimage.memory import peak_bytes
 from worker.zimage.shape import Shape, shape_of
 
@@ -132,6 +133,11 @@ def test_the_memory_that_the_catalogue_asks_for_is_that_of_one_picture(full: tup
     shape, weights = full
     needed = (weights + CUDA_CONTEXT + estimate(shape, SPECS[name].width, 1)) / MIB
     assert needed <= SPECS[name].memory_mb <= 1.01 * needed
+
+
+def test_what_waits_elsewhere_leaves_room_for_one_picture(full: tuple[Shape, int]) -> None:
+    shape, _ = full
+    assert estimate(shape, 1024, 1) <= offload.FORWARD + offload.MARGIN <= 1.05 * estimate(shape, 1024, 1)
 
 
 def test_z_image_on_the_gpus_it_is_made_for(full: tuple[Shape, int]) -> None:

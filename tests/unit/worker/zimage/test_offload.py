@@ -62,8 +62,8 @@ def test_the_sizes_of_the_real_model(real: dict[str, nn.Module]) -> None:
 # free memory of a GPU sold as so many GB, driver and CUDA context taken off: a third of a GiB and more
 @pytest.mark.parametrize(
     ("gpu_gib", "chosen"),
-    [(7.6, "all"), (11.5, "all"), (13.8, "all"), (14.2, "encoders"), (15.5, "encoders"), (19.6, "encoders"),
-     (21.2, "encoders"), (21.6, "none"), (23.4, "none"), (79.0, "none"), (139.0, "none")],
+    [(7.6, "all"), (11.5, "all"), (13.8, "all"), (14.3, "encoders"), (15.5, "encoders"), (19.6, "encoders"),
+     (21.2, "encoders"), (21.7, "none"), (23.4, "none"), (79.0, "none"), (139.0, "none")],
 )  # fmt: skip
 def test_as_little_waits_as_the_gpu_allows(
     real: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch, gpu_gib: float, chosen: Choice
@@ -78,7 +78,7 @@ def test_as_little_waits_as_the_gpu_allows(
     assert (line["event"], line["choice"], line["wanted"]) == ("offload_chosen", chosen, "auto")
     assert line["gpu_mb"] == int(gpu_gib * GIB) // MIB
     assert [line[f"{name}_mb"] for name in ("transformer", "text_encoder", "vae")] == [11739, 7479, 159]
-    assert line["needed_mb"] == pytest.approx(21_940, abs=3)
+    assert line["needed_mb"] == pytest.approx(22_196, abs=3)
 
 
 @pytest.mark.parametrize("wanted", ["none", "encoders", "all"])
