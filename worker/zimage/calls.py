@@ -157,7 +157,10 @@ def decode_bytes(shape: Autoencoder, width: int, height: int, *, tile: int | Non
 
 
 def _in_tiles(shape: Autoencoder, area: int, one: int) -> int:
-    """Return the peak of decoding so many pixels in tiles, of which one takes `one` bytes.
+    """Return the peak of decoding so many pixels in tiles, of which the largest allowed takes `one` bytes.
+
+    `decoding.tile_side` may choose tiles of half that side, and then a third of this is taken. It is counted all the
+    same, so that a larger picture is never estimated to take less than one that is just not tiled.
 
     All tiles are kept, and their overlaps of a quarter a side make them 16/9 of the picture: beside the last tile, or
     beside the rows and the picture that they are joined to. In the end the picture is widened to float32 and scaled.
