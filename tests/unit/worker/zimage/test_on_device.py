@@ -45,6 +45,7 @@ def test_a_batch_in_bfloat16_is_close_to_each_alone(mode: str, tmp_path: Path) -
     for name in ("vae", "text_encoder", "transformer", "controlnet", "siglip"):
         if part := getattr(pipeline._parts, name):
             part.to(torch.bfloat16)
+    pipeline.adopt(pipeline._parts)
     for request, run in zip(requests, together(pipeline, [Visit(request) for request in requests]), strict=True):
         (alone,) = together(pipeline, [Visit(request)])
         assert run.latents.dtype == torch.float32
