@@ -95,7 +95,11 @@ def test_a_prompt_becomes_a_picture(fleet: Fleet) -> None:
     submitted = answer.json()
     assert answer.headers["Location"].endswith(submitted["status_url"])
     view = fleet.finished(submitted["task_id"])
-    assert (view["status"], view["model"], view["progress"]) == ("succeeded", "pico", {"step": 8, "steps": 8})
+    assert (view["status"], view["model"], view["progress"]) == (
+        "succeeded",
+        "pico",
+        {"step": 8, "steps": 8, "preview": None},
+    )
     assert [attempt["outcome"] for attempt in view["attempts"]] == ["succeeded"]
     (image,) = view["images"]
     picture = fleet.get(image["url"])
