@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -99,7 +99,6 @@ class GpuWorker(SimpleWorker):
             stuck=self._is_stuck,
         )
         self._held: dict[int, HeldTask] = {}
-        self._max_pixels: Mapping[str, int] = {}
         self._committing = 0
         self._lock = threading.Lock()
         self._draining = threading.Event()
@@ -171,7 +170,7 @@ class GpuWorker(SimpleWorker):
             gpu=None if self.device == gpu.CPU else self.gpus.reading(int(self.device)),
             models=list(self.catalogue if self._loading else self.residency.offered),
             models_loaded=list(self.residency.loaded),
-            max_pixels=self._max_pixels,
+            max_pixels=self.residency.largest,
             loras=self.preparer.loras,
             counters=self.residency.counters(),
             capacity=self.engine.capacity,
@@ -269,7 +268,6 @@ class GpuWorker(SimpleWorker):
             self.drain(math.inf)
 
     def _models_changed(self) -> None:
-        self._max_pixels = memory.largest_pictures(self.residency, self.catalogue)
         self.vitals.holds_memory(self.residency.memory_used_mb())
         self.vitals.has_models(self.residency.changes)
         self.pulse.beat_soon()

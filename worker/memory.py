@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from common.models import Catalogue
 from common.settings import Settings
 from worker import gpu
 from worker.pipelines.base import MIB, Tuning
 from worker.residency import Residency
-from worker.vram import budget_bytes, largest_picture
+from worker.vram import budget_bytes
 
 
 def residency(settings: Settings, catalogue: Catalogue, device: str, changed: Callable[[], None]) -> Residency:
@@ -49,13 +49,3 @@ def memory_mb(settings: Settings, device: str) -> int | None:
         kept=0 if device == gpu.CPU else settings.embeds_cache_mb * MIB,
     )
     return None if budget is None else budget // MIB
-
-
-def largest_pictures(models: Residency, catalogue: Catalogue) -> Mapping[str, int]:
-    """Return for each model in memory the pixels of the largest picture that fits beside it; none where all fit."""
-    free = {model: models.free_bytes(model) for model in models.loaded}
-    return {
-        model: largest_picture(models.pipeline(model), catalogue[model], budget)
-        for model, budget in free.items()
-        if budget is not None
-    }

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from common.errors import ModelLoadFailed, OutOfMemory
 from common.models import Catalogue, ModelSpec
 from common.telemetry import get_logger
+from worker import vram
 from worker.loading import Cause, Failure, Loader, Size
 from worker.pipelines.base import DEFAULT_TUNING, MIB, BasePipeline, ImageRequest, Tuning
-from worker.residue import Baseline, held_bytes, is_level
+from worker.residue import Baseline, add, held_bytes, is_level
 
 log = get_logger()
 
@@ -73,6 +74,7 @@ class Residency:
         self._departures = 0  # how often a model came out of use
         self._loads: dict[str, int] = {}  # by model, since the start
         self._unloads = 0
+        self._largest: dict[str, int] = {}
         self._past: dict[str, float] = {}  # counted by pipelines that are gone
         self._baseline = Baseline()
         self.swapped_at = -math.inf  # when a model last left to make room
@@ -102,15 +104,15 @@ class Residency:
             "models_unloaded_total": self._unloads,
             "memory_residues": self._baseline.residues,
         }
-        _add(total, self._past)
+        add(total, self._past)
         for resident in tuple(self._residents.values()):
-            _add(total, resident.pipeline.counters())
+            add(total, resident.pipeline.counters())
         return total
 
-    def free_bytes(self, model: str) -> int | None:
-        """Return what a model in memory leaves of the device while it is alone there; None where nobody knows."""
-        resident = self._residents.get(model)
-        return None if self._memory_mb is None or resident is None else self._memory_mb * MIB - resident.bytes
+    @property
+    def largest(self) -> Mapping[str, int]:
+        """The pixels of the largest picture that there is memory for, by model that was loaded so far."""
+        return dict(self._largest)
 
     # What the engine asks
 
@@ -146,17 +148,18 @@ class Residency:
 
         Raises OutOfMemory, naming the limit, if there is too little for the last of them alone.
         """
-        if self._memory_mb is None:
+        own = self._residents[model]
+        at_most = self._budget([own])
+        if at_most is None:
             return True
-        own, limit = self._residents[model], self._memory_mb * MIB
-        alone = own.bytes + own.pipeline.peak_bytes(requests[-1:])
-        if alone > limit:
+        alone = own.pipeline.peak_bytes(requests[-1:])
+        if alone > at_most:
             raise OutOfMemory(
-                f"the picture takes about {math.ceil(alone / MIB)} MiB of memory together with model {model}, and this "
-                f"worker has {self._memory_mb} MiB; ask for a smaller one"
+                f"the picture takes about {math.ceil(alone / MIB)} MiB, and of this worker's {self._memory_mb} MiB of "
+                f"memory model {model} leaves {at_most // MIB}; ask for a smaller one"
             )
         peak = own.pipeline.peak_bytes(requests)
-        while sum(resident.bytes for resident in self._residents.values()) + peak > limit:
+        while peak > (self._budget(self._residents.values()) or 0):
             if not self._make_way():
                 return False
         return True
@@ -190,7 +193,7 @@ class Residency:
         """Let go of a model that nobody uses, and verify that its memory is free; `leaked` says so if it is not."""
         began, before, resident = time.perf_counter(), self._held(), self._residents.pop(model)
         weights = resident.pipeline.weight_bytes()
-        _add(self._past, {name: n for name, n in resident.pipeline.counters().items() if not is_level(name)})
+        add(self._past, {name: n for name, n in resident.pipeline.counters().items() if not is_level(name)})
         left = resident.pipeline.unload()
         self._baseline.bytes += self._held(resident.pipeline) - before
         self._unloads += 1
@@ -233,6 +236,7 @@ class Residency:
             self._pause(model, loaded.message)
             raise ModelLoadFailed(loaded.message)
         self._residents[model] = loaded
+        self._largest[model] = vram.largest_picture(loaded.pipeline, spec, self._budget([loaded]))
         self._pauses.pop(model, None)
         self._loads[model] = self._loads.get(model, 0) + 1
         self._changed()
@@ -283,12 +287,13 @@ class Residency:
     def _unused(self) -> list[str]:
         return [model for model, resident in self._residents.items() if not resident.users]
 
+    def _budget(self, residents: Collection[Resident]) -> int | None:
+        """Return the bytes for pictures beside these models, 0 or more; None where nobody knows."""
+        if self._memory_mb is None:
+            return None
+        return max(0, self._memory_mb * MIB - sum(resident.bytes for resident in residents))
+
     def _held(self, *others: BasePipeline) -> int:
         """Return the device memory in use, which some pipeline has to tell; without any it is what it was last."""
         there = [*(resident.pipeline for resident in self._residents.values()), *others]
         return held_bytes(there) if there else self._baseline.bytes
-
-
-def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
-    for name, n in more.items():
-        total[name] = total.get(name, 0) + n

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from common.telemetry import get_logger
 from worker.pipelines.base import BasePipeline
@@ -40,3 +40,9 @@ def held_bytes(pipelines: Collection[BasePipeline]) -> int:
 def is_level(counter: str) -> bool:
     """Whether a pipeline's counter says how much it keeps on the device now, on purpose."""
     return counter.endswith("_bytes")
+
+
+def add(total: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add counters to those of the same name."""
+    for name, n in more.items():
+        total[name] = total.get(name, 0) + n

@@ -103,6 +103,8 @@ def device(monkeypatch: pytest.MonkeyPatch, **what: object) -> Device:
 
 def catalogue(*names: str, memory_mb: int = 0) -> Catalogue:
     return Catalogue(
-        ModelSpec(name=name, source="builtin", pipeline="simulated", width=64, height=64, memory_mb=memory_mb)
+        ModelSpec(
+            name=name, source="builtin", pipeline="simulated", width=64, height=64, min_side=64, memory_mb=memory_mb
+        )
         for name in names
     )

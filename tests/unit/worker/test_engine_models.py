@@ -13,6 +13,7 @@ from tests.unit.worker.fleet_of_models import Device, Made, catalogue, device
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat, Stage
 from worker.held import HeldTask
+from worker.pipelines.base import Tuning
 from worker.residency import Residency
 
 MODELS = ("a", "b", "c")
@@ -22,7 +23,7 @@ class Bench:
     """An engine over a Residency of made-up models, with what it retired."""
 
     def __init__(self, limit: int = 4, *, run_limit_s: float | None = None, **options: Any) -> None:
-        self.residency = Residency(catalogue(*MODELS), device="cuda", **options)
+        self.residency = Residency(catalogue(*MODELS), device="cpu", tuning=Tuning(embeds_bytes=0), **options)
         self.heartbeat = Heartbeat()
         self.retired: list[HeldTask] = []
         self.engine = Engine(
@@ -190,7 +191,7 @@ def test_a_picture_that_never_fits_fails_at_once_naming_the_limit(world: Device)
     bench.engine.turn(0)
     assert never.error is not None
     assert (never.outcome, never.error.code, never.error.retryable) == ("failed", "out_of_memory", True)
-    assert "this worker has 450 MiB" in never.error.message
+    assert "this worker's 450 MiB" in never.error.message
     assert world.steps == [("a", [1, 3])]
     bench.run()
     assert [running.outcome, other.outcome] == ["succeeded", "succeeded"]

@@ -46,9 +46,8 @@ def test_what_fits_beside_a_model_in_memory_is_told() -> None:
     told = []
     for limit_mb in (None, 36, 500):
         models = memory.residency(Settings(memory_limit_mb=limit_mb), catalogue, "cpu", lambda: None)
-        assert memory.largest_pictures(models, catalogue) == {}, "nothing is in memory"
+        assert models.largest == {}, "nothing was in memory yet"
         assert models.acquire("pico") is not None
-        told.append(memory.largest_pictures(models, catalogue))
+        told.append(models.largest["pico"])
     unlimited, tight, ample = told
-    assert unlimited == {}
-    assert 0 < tight["pico"] < ample["pico"] == catalogue["pico"].max_pixels
+    assert 0 < tight < ample == unlimited == catalogue["pico"].max_pixels

@@ -12,7 +12,7 @@ from common.models import BUILT_IN, Catalogue
 from tests.unit.worker.fleet_of_models import catalogue, device
 from worker import residency as module
 from worker.pipelines import simulated
-from worker.pipelines.base import MIB, ImageRequest
+from worker.pipelines.base import MIB, ImageRequest, Tuning
 from worker.residency import Residency
 
 
@@ -191,7 +191,7 @@ def test_a_residue_is_told_once_and_the_level_follows_models(monkeypatch: pytest
 
 def test_a_picture_is_begun_only_where_its_estimate_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     device(monkeypatch, peak_mb=200)
-    residency = Residency(catalogue("a", "b"), device="cuda", memory_mb=600)
+    residency = Residency(catalogue("a", "b"), device="cpu", memory_mb=600, tuning=Tuning(embeds_bytes=0))
     residency.acquire("a")
     use(residency, "b")
     assert residency.fits("a", [picture()] * 2)
@@ -199,15 +199,18 @@ def test_a_picture_is_begun_only_where_its_estimate_fits(monkeypatch: pytest.Mon
     assert not residency.fits("a", [picture()] * 3)
     assert residency.fits("a", [picture(128)]), "b, which nobody uses, has made room"
     assert residency.loaded == ("a",)
-    with pytest.raises(OutOfMemory, match=r"about 700 MiB .* with model a, and this worker has 600 MiB"):
+    with pytest.raises(OutOfMemory, match=r"about 600 MiB, and of this worker's 600 MiB .* model a leaves 500"):
         residency.fits("a", [picture(192)])
-    assert residency.free_bytes("a") == 500 * MIB
-    assert Residency(catalogue("a"), device="cpu").fits("a", [picture(2048)]), "nobody knows the size"
+    assert 64 * 64 < residency.largest["a"] < 192 * 192
+    assert residency.largest.keys() == {"a", "b"}, "and stays known"
+    nobody_knows = Residency(catalogue("a"), device="cpu")
+    use(nobody_knows, "a")
+    assert nobody_knows.fits("a", [picture(2048)])
 
 
 def test_a_picture_does_not_push_out_a_model_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     device(monkeypatch, peak_mb=450)
-    residency = Residency(catalogue("a", "b"), device="cuda", memory_mb=600)
+    residency = Residency(catalogue("a", "b"), device="cpu", memory_mb=600, tuning=Tuning(embeds_bytes=0))
     residency.acquire("a"), residency.acquire("b")
     assert not residency.fits("a", [picture()])
     residency.release("b")
