@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import PipelineFailed
+from common.inputs import steps_done
 from worker.pipelines.base import ImageRequest
 
 WHITE = 128  # of 255: a mask's pixel is painted over from here on
@@ -59,7 +60,7 @@ def begin(
 
 def steps_left_out(steps: int, strength: float) -> int:
     """Return how many steps at the head of the schedule are left out; raises PipelineFailed where that is all."""
-    left_out = int(max(steps - min(steps * strength, steps), 0))
+    left_out = steps - steps_done(steps, strength)
     if left_out >= steps:
         raise PipelineFailed(f"strength {strength} of {steps} steps leaves none; use at least {1 / steps:.2g}")
     return left_out

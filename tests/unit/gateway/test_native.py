@@ -155,7 +155,7 @@ def test_a_queued_task(client: FlaskClient) -> None:
     task_id = submit(client, seed=7, steps=4, metadata={"k": "v"})
     seen = status(client, task_id)
     assert (seen["task_id"], seen["status"], seen["model"], seen["position"]) == (task_id, "queued", "simulated", 1)
-    assert seen["progress"] == {"step": 0, "steps": 4}
+    assert seen["progress"] == {"step": 0, "steps": 4, "preview": None}
     assert (seen["attempts"], seen["images"], seen["error"], seen["warnings"]) == ([], [], None, [])
     assert (seen["timings"]["queued_ms"], seen["timings"]["total_ms"]) == (None, None)
     assert (seen["started_at"], seen["finished_at"], seen["expires_at"]) == (None, None, None)
@@ -168,7 +168,11 @@ def test_a_running_task(client: FlaskClient, worker: FakeWorker) -> None:
     (task,) = worker.take()
     worker.step(task, 3)
     seen = status(client, task_id)
-    assert (seen["status"], seen["progress"], seen["position"]) == ("running", {"step": 3, "steps": 4}, None)
+    assert (seen["status"], seen["progress"], seen["position"]) == (
+        "running",
+        {"step": 3, "steps": 4, "preview": None},
+        None,
+    )
     (attempt,) = seen["attempts"]
     assert (attempt["worker"], attempt["gpu"]) == ("w1", "H200")
     assert (attempt["outcome"], attempt["ended_at"]) == ("running", None)
