@@ -13,33 +13,39 @@ from typing import Any, ParamSpec, TypeVar
 T = TypeVar("T")
 P = ParamSpec("P")
 
-THREADS = 2  # what comes beyond them waits, and others are answered
+
+class Threads:
+    """So many native threads of this process. What comes beyond them waits, and others are answered."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def run(self, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Return what `call` returns, or raise what it raises. It must not ask for the request that is being served."""
+        if self._pool is None:
+            return call(*args, **named)
+
+        def attempt() -> tuple[T | None, BaseException | None]:
+            try:
+                return call(*args, **named), None
+            except BaseException as error:  # gevent would print what a native thread raises
+                return None, error
+
+        result, error = self._pool.apply(attempt)
+        if error is not None:
+            raise error
+        done: T = result
+        return done
+
+    @functools.cached_property
+    def _pool(self) -> Any:
+        monkey = sys.modules.get("gevent.monkey")
+        if monkey is None or not monkey.is_module_patched("threading"):
+            return None
+        from gevent.threadpool import ThreadPool  # type: ignore[import-untyped]
+
+        return ThreadPool(self._count)
 
 
-def aside(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-    """Return what `call` returns, or raise what it raises. It must not ask for the request that is being served."""
-    pool = _pool()
-    if pool is None:
-        return call(*args, **named)
-
-    def attempt() -> tuple[T | None, BaseException | None]:
-        try:
-            return call(*args, **named), None
-        except BaseException as error:  # gevent would print what a native thread raises
-            return None, error
-
-    result, error = pool.apply(attempt)
-    if error is not None:
-        raise error
-    done: T = result
-    return done
-
-
-@functools.cache
-def _pool() -> Any:
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not monkey.is_module_patched("threading"):
-        return None
-    from gevent.threadpool import ThreadPool  # type: ignore[import-untyped]
-
-    return ThreadPool(THREADS)
+decoding = Threads(2)
+storing = Threads(8)  # apart, as a storage that hangs must hold up nobody else

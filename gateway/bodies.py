@@ -21,7 +21,7 @@ from werkzeug.formparser import MultiPartParser
 
 from common.errors import FieldError, InvalidRequest, TooBusy, UnsupportedMediaType
 from gateway import fields
-from gateway.aside import aside
+from gateway.aside import decoding
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -81,13 +81,14 @@ def read_json(model: type[fields.M], limit: int = JSON_LIMIT_BYTES) -> fields.M:
         return fields.read_json(model, raw)
     if sum(raw.count(mark) for mark in b',:"[{') > MAX_MARKS:
         raise fields.malformed(f"the body is larger than {JSON_LIMIT_BYTES} bytes, and not by its pictures")
-    return aside(fields.read_json, model, raw)
+    return decoding.run(fields.read_json, model, raw)
 
 
 @contextmanager
 def turn() -> Iterator[None]:
     """Wait until there is room for this request's body, if it may be large; raises TooBusy when that takes too long."""
-    if request.mimetype != FORM and (request.content_length or JSON_LIMIT_BYTES + 1) <= JSON_LIMIT_BYTES:
+    length = request.content_length
+    if request.mimetype != FORM and length is not None and length <= JSON_LIMIT_BYTES:
         yield
         return
     if not _turns.acquire(timeout=READ_TURN_S):
@@ -134,7 +135,7 @@ def _read_form(model: type[fields.M], form: Form) -> fields.M:
     boundary = request.mimetype_params.get("boundary", "")
     if not boundary:
         raise UnsupportedMediaType(f"{FORM} must name its boundary")
-    texts, files = aside(_parts, _read(), boundary)
+    texts, files = decoding.run(_parts, _read(), boundary)
     values, errors = _request_part(texts, files), []
     for name in [*texts, *files]:
         if name not in form.file_parts():

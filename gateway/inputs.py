@@ -26,7 +26,7 @@ from common.settings import Settings
 from common.storage.base import BaseStorage
 from gateway import formats, pictures, problems
 from gateway.api import NO_STORE, Api, json_answer
-from gateway.aside import aside
+from gateway.aside import decoding, storing
 from gateway.bodies import FilePart, Form, digest
 from gateway.diskguard import DiskGuard
 from gateway.pictures import Unusable
@@ -56,11 +56,11 @@ class Inputs:
         """Store one picture by itself; raises InvalidRequest, StorageFull, StorageError."""
         self._disk.check()
         try:
-            data, made = aside(self._read, text, files)
+            data, made = decoding.run(self._read, text, files)
         except Unusable as error:
             raise InvalidRequest.field(field, str(error)) from None
         handle = inputs.new_handle()
-        aside(self._storage.put, inputs.storage_key(handle), made.png)
+        storing.run(self._storage.put, inputs.storage_key(handle), made.png)
         return InputImage(
             handle=handle,
             width=made.width,
@@ -81,7 +81,7 @@ class Inputs:
             found[field] = []
             for index, text in enumerate(texts):
                 try:
-                    found[field].append(aside(self._one, text, files))
+                    found[field].append(self._one(text, files))
                 except Unusable as error:
                     loc = f"{field}.{index}" if field == "reference_images" else field
                     errors.append(FieldError(loc, str(error)))
@@ -95,9 +95,9 @@ class Inputs:
             for one in _each(found):
                 key = inputs.storage_key(one.handle)
                 if one.png:
-                    aside(self._storage.put, key, one.png)
+                    storing.run(self._storage.put, key, one.png)
                 else:
-                    aside(self._storage.touch, key)
+                    storing.run(self._storage.touch, key)
         except StorageError:
             self.drop(found)
             raise
@@ -107,12 +107,12 @@ class Inputs:
         for one in _each(found):
             if one.png:
                 with contextlib.suppress(FleetError):  # a sweep will find it
-                    aside(self._storage.delete, inputs.storage_key(one.handle))
+                    storing.run(self._storage.delete, inputs.storage_key(one.handle))
 
     def _one(self, text: str, files: Mapping[str, bytes]) -> Input:
         if inputs.is_handle(text):
-            return self._stored(text)
-        data, made = self._read(text, files)
+            return storing.run(self._stored, text)
+        data, made = decoding.run(self._read, text, files)
         return Input(
             handle=inputs.new_handle(), width=made.width, height=made.height, identity=digest(data), png=made.png
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import chain
 from typing import Annotated
@@ -75,7 +75,7 @@ class SubmitForm(Form):
     init_image: FilePart | None = None
     mask_image: FilePart | None = None
     control_image: FilePart | None = None
-    reference_images: list[FilePart] = Field(default_factory=list)
+    reference_images: Sequence[FilePart] = ()
 
 
 class StatusQuery(Query):

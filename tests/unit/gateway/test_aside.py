@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from gateway.aside import Threads
+
+UNDER_GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import gevent, time
+from gateway.aside import Threads
+
+def count(seconds):
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+    return seconds
+
+ticks = []
+def tick():
+    while True:
+        ticks.append(time.perf_counter())
+        gevent.sleep(0.01)
+
+def fail():
+    raise ValueError("as it was")
+
+ticker = gevent.spawn(tick)
+threads = Threads(2)
+jobs = [gevent.spawn(threads.run, count, 0.3) for _ in range(3)]
+gevent.joinall(jobs)
+assert [job.value for job in jobs] == [0.3] * 3
+gaps = [later - earlier for earlier, later in zip(ticks, ticks[1:])]
+assert max(gaps) < 0.25, max(gaps)
+try:
+    threads.run(fail)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_where_threads_are_threads_it_is_simply_done() -> None:
+    threads = Threads(1)
+    assert threads.run(threading.current_thread) is threading.current_thread()
+    assert threads.run(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        threads.run(divmod, 1, 0)
+
+
+def test_under_gevent_others_go_on_and_an_error_comes_back_without_a_word() -> None:
+    done = subprocess.run([sys.executable, "-c", UNDER_GEVENT], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("as it was\n", "")
