@@ -6,9 +6,8 @@ import pytest
 
 from common.errors import OutOfMemory
 from common.models import BUILT_IN, Catalogue
-from worker.pipelines.base import MIB, ImageRequest, Tuning
+from worker.pipelines.base import MIB, ImageRequest
 from worker.residency import Residency
-from worker.vram import CUDA_CONTEXT
 
 pytestmark = pytest.mark.gpu
 
@@ -49,15 +48,13 @@ def test_models_that_take_turns_leave_nothing_on_the_device() -> None:
 
 
 def test_what_a_model_takes_is_measured_and_bounds_its_pictures() -> None:
-    import torch
-
     roomy = Residency(MODELS, device="cuda", memory_mb=4000)
     roomy.prewarm()
     assert roomy.largest["one"] == PICO.max_pixels
     make(roomy, "one", side=256)
-    taken_mb = (CUDA_CONTEXT + torch.cuda.memory_allocated()) // MIB
+    weights_mb = roomy.pipeline("one").weight_bytes() // MIB
     roomy.unload("one", "idle")
-    small = Residency(MODELS, device="cuda", memory_mb=taken_mb + 90, tuning=Tuning(embeds_bytes=0))
+    small = Residency(MODELS, device="cuda", memory_mb=weights_mb + 90)
     small.prewarm()
     assert 64 * 64 < small.largest["one"] < PICO.max_pixels  # 67 MiB are needed for the smallest, 106 for the largest
     with pytest.raises(OutOfMemory, match="ask for a smaller one"):
