@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +192,7 @@ def _bare(pipeline: Pipeline) -> Any:
 
 
 def _about(device: str) -> dict[str, Any]:
-    found = machine("")
-    del found["redis_server"]
-    packages = {name: metadata.version(name) for name in PACKAGES}
-    return {**found, "packages": packages, "gpu": torch.cuda.get_device_name() if device == "cuda" else None}
+    return {**machine(PACKAGES), "gpu": torch.cuda.get_device_name() if device == "cuda" else None}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def pipeline(request: pytest.FixtureRequest) -> Iterator[BasePipeline]:
     )
     made.load()
     yield made
-    made.release_memory()
+    made.unload()
 
 
 def ask(seed: int = 1, *, width: int = 64, height: int = 64, steps: int = 2, guidance: float = 0.0) -> ImageRequest:

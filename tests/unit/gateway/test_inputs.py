@@ -121,7 +121,6 @@ def test_a_picture_is_sent_as_it_is_in_a_form_or_in_json(client: FlaskClient, se
         ({"data": {}, "content_type": "multipart/form-data; boundary=x"}, 422, "image"),
         ({"data": b"junk", "content_type": "multipart/form-data; boundary=x"}, 400, "body"),
     ],
-    ids=lambda value: str(value)[:60],
 )
 def test_what_is_no_picture_is_refused_and_not_stored(
     client: FlaskClient, settings: Settings, sent: dict[str, Any], status: int, loc: str
@@ -191,7 +190,6 @@ def test_a_submit_brings_its_pictures_in_a_form(client: FlaskClient, broker: Bro
         ({"request": " " * (1 << 20) + "{}"}, 400, {"body"}),
         ({f"p{k}": "" for k in range(20)}, 400, {"body"}),
     ],
-    ids=lambda value: str(value)[:60],
 )  # fmt: skip
 def test_a_form_that_is_wrong_is_told_its_part(
     client: FlaskClient, broker: Broker, settings: Settings, parts: dict[str, Any], status: int, locs: set[str]
