@@ -39,7 +39,7 @@ class Maker(Protocol):
 
 
 class StepBatches:
-    """Our pipeline, driven as the engine drives it: whatever is active shares each forward."""
+    """Our pipeline, driven as the engine drives it: what is active and of like length shares each forward."""
 
     name = "zfleet"
 
@@ -64,7 +64,8 @@ class StepBatches:
             for _ in range(min(room, 1 if staggered else room, len(waiting))):
                 index, request = waiting.popleft()
                 active[index] = pipeline.start(request)
-            pipeline.step(list(active.values()))
+            for key in dict.fromkeys(pipeline.batch_key(run) for run in active.values()):
+                pipeline.step([run for run in active.values() if pipeline.batch_key(run) == key])
             for index, run in [(index, run) for index, run in active.items() if run.done]:
                 ended[index] = (pipeline.finish(run), run.latents.squeeze(1))
                 pipeline.discard(run)

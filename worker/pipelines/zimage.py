@@ -16,7 +16,7 @@ from worker.zimage.adapters import PLAIN, Adapters, Blend
 from worker.zimage.control import Control, prepare_control
 from worker.zimage.decoding import decode
 from worker.zimage.errors import named_errors
-from worker.zimage.forward import Item, predict
+from worker.zimage.forward import Item, length_class, predict
 from worker.zimage.guidance import guide, guided_steps
 from worker.zimage.inputs import Kept, begin
 from worker.zimage.memory import peak_bytes
@@ -165,7 +165,7 @@ class Pipeline(BasePipeline):
             return
         if not all(run.captions and not run.done for run in batch):
             raise ValueError("a run that is done or discarded cannot be stepped")
-        if len({self.batch_key(run) for run in batch}) > 1:
+        if len({self.sharing(run) for run in batch}) > 1:
             raise ValueError("runs with references and without, or with different LoRAs, cannot share a step")
         self._adapters.activate(batch[0].blend)
         outputs = iter(predict(self._parts, [item for run in batch for item in run.items(self._dtype)]))
@@ -175,8 +175,15 @@ class Pipeline(BasePipeline):
             run.step += 1
 
     def batch_key(self, run: Run) -> Hashable:
-        """Return what a batch has in common: its LoRAs, which are part of the weights, and whether there are reference
-        pictures, which the transformer reads for a whole batch or for none.
+        """Return what runs have in common that may and should share a step: about as many tokens, too.
+
+        A forward pads all its runs to the longest of them, and what is padded is computed.
+        """
+        return self.sharing(run), length_class(run.request.width, run.request.height)
+
+    def sharing(self, run: Run) -> Hashable:
+        """Return what runs must have in common to share a forward: their LoRAs, which are part of the weights, and
+        whether there are reference pictures, which the transformer reads for a whole batch or for none.
         """
         own = _own(run)
         return own.references is not None, own.blend.parts

@@ -86,8 +86,8 @@ def hold(pipeline: Pipeline, requests: list[ImageRequest]) -> float:
     def make() -> None:
         runs = [pipeline.start(request) for request in requests]
         while active := [run for run in runs if not run.done]:
-            key = pipeline.batch_key(active[0])
-            pipeline.step([run for run in active if pipeline.batch_key(run) == key])
+            key = pipeline.sharing(active[0])
+            pipeline.step([run for run in active if pipeline.sharing(run) == key])
         for run in runs:
             pipeline.finish(run)
             pipeline.discard(run)

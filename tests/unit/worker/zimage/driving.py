@@ -54,7 +54,7 @@ def masked(seed: int, *, width: int = 96, height: int = 64) -> Picture:
 
 
 def together(pipeline: Pipeline, visits: Sequence[Visit]) -> list[ZImageRun]:
-    """Advance requests together, each from its tick on, as the engine does; return their runs in the same order."""
+    """Advance requests together, each from its tick on, all that can be in one forward; return their runs in order."""
     runs: dict[int, ZImageRun] = {}
     leaves: dict[int, int | None] = {}  # the step at which a run is cancelled
     for tick in range(1000):
@@ -70,8 +70,8 @@ def together(pipeline: Pipeline, visits: Sequence[Visit]) -> list[ZImageRun]:
         active = [run for run in runs.values() if run.captions and not run.done]
         if not active and len(runs) == len(visits):
             return [runs[index] for index in range(len(visits))]
-        for key in {pipeline.batch_key(run) for run in active}:
-            mates = [run for run in active if pipeline.batch_key(run) == key]
+        for key in {pipeline.sharing(run) for run in active}:
+            mates = [run for run in active if pipeline.sharing(run) == key]
             pipeline.step(mates[:: -1 if tick % 2 else 1])
     raise AssertionError("some run is never done")
 
