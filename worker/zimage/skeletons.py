@@ -27,7 +27,11 @@ KNOWN: Mapping[str, tuple[str, Mapping[str, str]]] = {  # by part: the library, 
     "siglip": ("transformers", {"Siglip2VisionModel": "Siglip2VisionModel"}),
     "siglip_processor": (
         "transformers",
-        dict.fromkeys(("Siglip2ImageProcessor", "Siglip2ImageProcessorFast"), "Siglip2ImageProcessor"),
+        # the one that needs no torchvision, and says nothing about its absence on stderr, where each line is JSON
+        dict.fromkeys(
+            ("Siglip2ImageProcessor", "Siglip2ImageProcessorFast", "Siglip2ImageProcessorPil"),
+            "Siglip2ImageProcessorPil",
+        ),
     ),
     "controlnet": ("diffusers", {"ZImageControlNetModel": "ZImageControlNetModel"}),
 }
