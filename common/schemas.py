@@ -9,14 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from common.loras import LORAS_MAX, LoraChoice
 from common.models import Mode
 
 PROMPT_MAX_CHARS = 16_000
 SEED_MAX = 2**53 - 1  # the largest integer that every JSON client reads back unchanged
 METADATA_MAX_ENTRIES = 16
 PICTURE_MAX_CHARS = 64 * 1024 * 1024
-LORAS_MAX = 4  # of one task
-LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 REFERENCES_MAX = 4  # pictures that an edit may look at
 
 Priority = Literal["high", "normal", "low"]
@@ -70,13 +69,6 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 # A handle of POST /api/images, or a picture itself: base64 of a PNG, JPEG or WebP file, or a data: URL of one
 Picture = Annotated[str, StringConstraints(min_length=1, max_length=PICTURE_MAX_CHARS)]
-
-
-class LoraChoice(Stored):
-    """A LoRA to paint with: the name of its file in ZFLEET_LORA_DIR without the ending, and how strongly it counts."""
-
-    name: Annotated[str, StringConstraints(pattern=LORA_NAME)]
-    scale: float = Field(default=1.0, ge=-4, le=4, allow_inf_nan=False)
 
 
 class GenerateRequest(Wire):

@@ -54,6 +54,7 @@ def configure(settings: Settings, role: str, **bound: str) -> None:
     root.setLevel(settings.log_level.upper())
     for noisy in ("rq", "urllib3", "PIL", "werkzeug"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.captureWarnings(True)  # as lines of the log, by way of its logger py.warnings
     logging.getLogger("retrying").setLevel(logging.CRITICAL)  # it would log a traceback for each try
     structlog.configure(
         processors=[*shared, *rendered],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from common.errors import FieldError, InvalidRequest, MalformedBody
 
@@ -110,7 +111,8 @@ def _message(model: type[BaseModel], one: Mapping[str, Any]) -> str:
     if kind == "missing":
         return "is required"
     if kind == "extra_forbidden":
-        return f"unknown field; known are {', '.join(model.model_fields)}"
+        within = _model(model, one["loc"][:-1]) or model
+        return f"unknown field; known are {', '.join(within.model_fields)}"
     if kind in _INTEGERS or kind in _NUMBERS or kind in _RANGES:
         return _number(model, one)
     if kind in ("literal_error", "enum"):
@@ -129,9 +131,32 @@ def _message(model: type[BaseModel], one: Mapping[str, Any]) -> str:
 def _number(model: type[BaseModel], one: Mapping[str, Any]) -> str:
     """Return the sort of number and the range that the field's declaration asks for."""
     sort = " an integer" if one["type"] in _INTEGERS else " a number" if one["type"] in _NUMBERS else ""
-    fields = {field.alias or name: field for name, field in model.model_fields.items()}
-    field = fields.get(str(one["loc"][0])) if len(one["loc"]) == 1 else None
+    field = _field(model, one["loc"])
     return f"must be{sort} {_range(field.metadata if field else ())}".rstrip()
+
+
+def _field(model: type[BaseModel], loc: Sequence[int | str]) -> FieldInfo | None:
+    """Return the declaration of the field at this place."""
+    within = _model(model, loc[:-1])
+    fields = {field.alias or name: field for name, field in within.model_fields.items()} if within else {}
+    return fields.get(str(loc[-1])) if loc else None
+
+
+def _model(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
+    """Return the model that what stands at this place is read into; None where it is no model."""
+    within: type[BaseModel] | None = model
+    for name in (part for part in loc if isinstance(part, str)):
+        field = within.model_fields.get(name) if within else None
+        within = next(_models(field.annotation), None) if field else None
+    return within
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def _range(constraints: Iterable[Any]) -> str:

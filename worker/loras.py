@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UnknownLora
-from common.schemas import LORA_NAME, LoraChoice
+from common.loras import LORA_NAME, LoraChoice
 from worker.pipelines.base import Lora
 
 SUFFIX = ".safetensors"

@@ -46,10 +46,13 @@ class Supervisor:
     """Starts, watches and stops the workers of one machine."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises ConfigurationError for a model or device that is not there, or a GPU too small for its models."""
+        """Raises ConfigurationError for a model, device or folder of LoRAs that is not there, or a GPU too small."""
         self.settings = settings
         catalogue = settings.catalogue()  # a wrong model name is told here, once, and not by every child
-        settings.models_to_keep()  # and so is this
+        settings.models_to_keep()  # and so are these
+        settings.sizes_to_warm()
+        if settings.lora_dir and not settings.lora_dir.is_dir():
+            raise ConfigurationError(f"ZFLEET_LORA_DIR: there is no folder {settings.lora_dir}; make it, or unset it")
         devices = large_enough(
             gpu.choose(settings.devices),
             catalogue,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,6 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 TEXT_ENCODER = ("text_encoder.", "lora_te")  # as diffusers and kohya name its part
 OTHER_KINDS = ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_", "oft_")
 METADATA = "lora_adapter_metadata"
-# Of peft's config only what scales the weights counts: other fields could have it import modules by name
-SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 Shapes = Mapping[str, tuple[int, int]]  # of every Linear by its name: features in, features out
 
@@ -55,7 +55,7 @@ def read_lora(path: Path, shapes: Shapes, dtype: torch.dtype) -> LoraWeights:
             _check_kind(path, keys)
             wanted = [key for key in keys if not key.startswith(TEXT_ENCODER)]
             raw = {key: file.get_tensor(key) for key in wanted}
-            config = _config(file.metadata() or {})
+            config = _config(path, file.metadata() or {})
         converted = ZImagePipeline.lora_state_dict(raw) if raw else {}
     except (SafetensorError, OSError) as error:
         raise LoraUnusable(f"LoRA {path.stem}: {path.name} cannot be read as safetensors ({error})") from error
@@ -81,13 +81,43 @@ def _check_kind(path: Path, keys: list[str]) -> None:
             raise LoraUnusable(f"LoRA {path.stem}: it has {kind.strip('_')} tensors; only plain LoRA can be used here")
 
 
-def _config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the scaling that diffusers' training scripts write into the header, if they did."""
+def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the scaling that diffusers' training scripts write into the header, if they did; raises LoraUnusable."""
     if METADATA not in metadata:
         return None
-    found = json.loads(metadata[METADATA])
-    kept = {key: value for key, value in found.items() if key in {PREFIX + name for name in SCALING}}
-    return kept or None
+    try:
+        found = json.loads(metadata[METADATA])
+        if not isinstance(found, dict):
+            raise ValueError("an object was expected")
+        read = {PREFIX + name: check(found[PREFIX + name]) for name, check in SCALING.items() if PREFIX + name in found}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise LoraUnusable(f"LoRA {path.stem}: the scaling in its header cannot be read ({error})") from error
+    return read or None
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("a number was expected")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false was expected")
+    return value
+
+
+def _by_module(value: Any) -> dict[str, float]:
+    """Return numbers by the names of modules, which peft takes for regular expressions: here they are just names."""
+    if not all(re.fullmatch(r"\^?[A-Za-z0-9_.]{1,200}", name) for name in value):
+        raise ValueError("names of modules were expected")
+    return {re.escape(name.removeprefix("^")): _number(number) for name, number in value.items()}
+
+
+# Of peft's config only what scales the weights counts: other fields could have it import modules by name
+SCALING: Mapping[str, Callable[[Any], Any]] = {
+    "r": _number, "lora_alpha": _number, "rank_pattern": _by_module, "alpha_pattern": _by_module, "use_rslora": _flag,
+}  # fmt: skip
 
 
 def _misfits(tensors: Mapping[str, Tensor], shapes: Shapes) -> Iterator[str]:

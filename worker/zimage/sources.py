@@ -69,6 +69,8 @@ def loading(spec: ModelSpec, kind: str) -> Iterator[None]:
     """
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # a worker's output is one JSON object a line
+        library.disable_default_handler()
+        library.enable_propagation()
     try:
         yield
     except ModelLoadFailed:

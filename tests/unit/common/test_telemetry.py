@@ -78,3 +78,11 @@ def test_a_folder_that_cannot_be_written_names_its_setting(tmp_path: Path) -> No
     in_the_way.write_text("")
     with pytest.raises(ConfigurationError, match="ZFLEET_LOG_DIR"):
         telemetry._handler(in_the_way / "logs", "test")
+
+
+def test_a_librarys_warning_is_a_line_of_the_log() -> None:
+    program = "import warnings; from common.settings import load_settings; from common.telemetry import configure; "
+    program += "configure(load_settings(), 'test'); warnings.warn('two\\nlines')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert "two\nlines" in json.loads(line)["event"]

@@ -137,3 +137,19 @@ def test_a_body_of_nothing_but_wrong_fields_is_refused_without_listing_them() ->
     raw = b"{" + b",".join(b'"%d":1' % i for i in range(50_000)) + b"}"
     with pytest.raises(MalformedBody, match="50001 wrong or unknown fields"):
         fields.read_json(GenerateRequest, raw)
+
+
+@pytest.mark.parametrize(
+    ("lora", "loc", "msg"),
+    [
+        ({"name": "a", "scale": 5}, "loras.0.scale", "must be from -4 to 4"),
+        ({"name": "a", "scale": "x"}, "loras.0.scale", "must be a number from -4 to 4"),
+        ({"name": "../a"}, "loras.0.name", "must be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit"),
+        ({"name": ""}, "loras.0.name", "must be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit"),
+        ({"name": "a", "skale": 2}, "loras.0.skale", "unknown field; known are name, scale"),
+    ],
+)
+def test_a_field_within_another_is_told_its_range_too(lora: dict[str, object], loc: str, msg: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        fields.read(GenerateRequest, {"prompt": "x", "loras": [lora]})
+    assert raised.value.errors == ((loc, msg),)

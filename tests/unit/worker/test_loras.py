@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InvalidRequest, UnknownLora
-from common.schemas import LoraChoice
+from common.loras import LoraChoice
 from worker.loras import available, resolve
 
 

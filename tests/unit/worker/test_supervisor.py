@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -164,6 +165,14 @@ def test_every_incarnation_has_a_name_of_its_own(watcher: Supervisor) -> None:
 def test_a_wrong_setting_is_told_before_any_child_starts(settings: Settings, changes: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError):
         Supervisor(settings.model_copy(update=changes))
+
+
+def test_a_folder_of_loras_that_is_not_there_is_told_at_the_start(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path in (tmp_path / "nowhere", file):
+        with pytest.raises(ConfigurationError, match="ZFLEET_LORA_DIR: there is no folder"):
+            Supervisor(settings.model_copy(update={"devices": "cpu", "lora_dir": path}))
 
 
 @pytest.fixture
