@@ -269,7 +269,7 @@ class GpuWorker(SimpleWorker):
 
     def _models_changed(self) -> None:
         self.vitals.holds_memory(self.residency.memory_used_mb())
-        self.vitals.has_models(self.residency.changes)
+        self.vitals.has_models(self.residency.loaded, self.residency.changes)
         self.pulse.beat_soon()
 
     def _retire(self, task: HeldTask) -> None:

@@ -11,7 +11,8 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple
@@ -23,8 +24,8 @@ _ENTRY = struct.Struct("<64sIdB")  # task id, fence, stop_at, cause
 _MOST_ENTRIES = 256  # tasks beyond are not told of; no device advances that many at once
 
 # Places of the numbers, and where the two lists of entries begin
-_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE, _DONE, _STORE_SINCE, _MODELS = range(8)
-_NUMBERS = 8 * 8  # bytes
+_STAGE, _SINCE, _MEMORY, _ON_DEVICE, _IN_STORE, _DONE, _STORE_SINCE, _CHANGES, _MODELS = range(9)
+_NUMBERS = 9 * 8  # bytes
 _LIST = _MOST_ENTRIES * _ENTRY.size
 _SIZE = _NUMBERS + 2 * _LIST
 
@@ -59,6 +60,7 @@ class Reading:
     in_store: Sequence[InHand]  # being encoded or stored, beside that
     store_since: float = math.inf  # when the oldest of their writes began
     models_changed: int = 0  # how often a model was loaded or let go
+    models: int = 0  # which are in memory: the same number for the same ones
 
 
 def shared_file() -> int:
@@ -104,9 +106,10 @@ class Heartbeat:
         """Say how much of the device's memory this process keeps between two steps."""
         self._numbers[_MEMORY] = device_mb
 
-    def has_models(self, changed: int) -> None:
-        """Say how often a model was loaded or let go: what was measured of memory before tells nothing any more."""
-        self._numbers[_MODELS] = changed
+    def has_models(self, names: Iterable[str], changed: int) -> None:
+        """Say which models are in memory, and how often one was loaded or let go: memory is judged anew then."""
+        self._numbers[_MODELS] = zlib.crc32("\n".join(sorted(names)).encode())
+        self._numbers[_CHANGES] = changed
 
     def has_done(self, pictures: int) -> None:
         """Say how many pictures this worker has made and committed."""
@@ -123,7 +126,8 @@ class Heartbeat:
             on_device=self._listed(_ON_DEVICE) if stage in (Stage.BUSY, Stage.LOADING) else (),
             in_store=self._listed(_IN_STORE),
             store_since=self._numbers[_STORE_SINCE] or math.inf,
-            models_changed=int(self._numbers[_MODELS]),
+            models_changed=int(self._numbers[_CHANGES]),
+            models=int(self._numbers[_MODELS]),
         )
 
     def standing_s(self) -> float:

@@ -64,7 +64,7 @@ class Child:
         age_s = time.monotonic() - self.ready_at
         if reading.models_changed != self.models_changed:
             self.models_changed = reading.models_changed
-            self.drift.restart(age_s)
+            self.drift.restart(age_s, reading.models)
         return age_s
 
     def memory(self) -> Sample | None:

@@ -66,8 +66,19 @@ def test_a_load_is_for_somebody_and_is_no_call_that_hangs() -> None:
     reading = heartbeat.read()
     assert (reading.stage, reading.on_device, heartbeat.standing_s()) == (Stage.LOADING, [entry], 0.0)
     heartbeat.loading()
-    heartbeat.has_models(3)
+    heartbeat.has_models(["a"], 3)
     assert (heartbeat.read().on_device, heartbeat.read().models_changed) == ([], 3)
+
+
+def test_the_same_models_are_told_by_the_same_number() -> None:
+    heartbeat = Heartbeat()
+    told = []
+    for changed, names in enumerate((["a"], ["a", "b"], ["b", "a"], ["ab"], [], ["a"])):
+        heartbeat.has_models(names, changed)
+        told.append(heartbeat.read().models)
+    assert told[0] == told[5]
+    assert told[1] == told[2]
+    assert len(set(told)) == 4
 
 
 def test_a_reader_never_sees_half_a_number() -> None:

@@ -319,13 +319,33 @@ def test_models_that_come_and_go_are_no_drift(settings: Settings, sleeping_child
         child.heartbeat.holds_memory(1000 * models)
         watcher._next_look = 0.0
         watcher.tick()
-        child.heartbeat.has_models(models)
+        child.heartbeat.has_models(map(str, range(models)), models)
         child.heartbeat.at(Stage.IDLE)
         for _ in range(4):
             time.sleep(0.02)
             watcher._next_look = 0.0
             watcher.tick()
     assert child.leave_by is None
+    end(watcher)
+
+
+def test_a_child_whose_swaps_of_models_leak_is_recycled(settings: Settings, sleeping_children: None) -> None:
+    watcher = Supervisor(settings.model_copy(update={"drift_window_s": 300.0, "drift_warmup_s": 0.0}))
+    watcher.tick()
+    (slot,) = watcher.slots
+    child = slot.child
+    assert child is not None
+    for swaps in range(1, 10):
+        child.heartbeat.holds_memory(1000 + 100 * swaps)
+        child.heartbeat.has_models("ab"[swaps % 2], swaps)
+        child.heartbeat.at(Stage.IDLE)
+        watcher._next_look = 0.0
+        with capture_logs() as logs:
+            watcher.tick()
+        if child.recycled:
+            break
+    assert (swaps, child.leave_by) == (8, math.inf)
+    assert [(line["event"], line["cause"]) for line in logs] == [("worker_recycled", "device memory")]
     end(watcher)
 
 
