@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
@@ -49,7 +50,7 @@ class Committer:
         self._closing = threading.Event()
         self._abandon_at = FOREVER  # on time.monotonic's clock
         self._heartbeat = heartbeat or Heartbeat()
-        self._storing: dict[HeldTask, float] = {}  # since when, on the same clock
+        self._storing: dict[HeldTask | None, float] = {}  # since when, on the same clock
         self._lock = threading.Lock()  # of that
 
     def commit(self, task: HeldTask) -> None:
@@ -57,11 +58,14 @@ class Committer:
         self._threads.submit(self._run, task)
 
     @contextlib.contextmanager
-    def reading(self, task: HeldTask) -> Iterator[None]:
-        """Watch what is read from storage for a task as its writes are watched: for whether it stands still."""
+    def reading(self, task: HeldTask | None) -> Iterator[Callable[[], None]]:
+        """Watch what is read for a task, or for none, as writes are watched: for whether it stands still.
+
+        What it yields is to be called before each further read.
+        """
         self._note(task, began=True)
         try:
-            yield
+            yield functools.partial(self._note, task, began=True)
         finally:
             self._note(task, began=False)
 
@@ -149,7 +153,7 @@ class Committer:
         self._discard(keys.values())
         return []
 
-    def _note(self, task: HeldTask, *, began: bool) -> None:
+    def _note(self, task: HeldTask | None, *, began: bool) -> None:
         """Let the supervisor know who is at fault should an encoder take the process down, and the pulse who hangs."""
         with self._lock:
             if began:
@@ -157,7 +161,7 @@ class Committer:
             else:
                 self._storing.pop(task, None)
             oldest = min(self._storing.values(), default=math.inf)
-            self._heartbeat.storing([storing.in_hand for storing in self._storing], oldest)
+            self._heartbeat.storing([storing.in_hand for storing in self._storing if storing], oldest)
 
     def _put(self, task: HeldTask, index: int, key: str) -> ImageRef:
         request, pixels = task.claimed.request, task.pixels[index]

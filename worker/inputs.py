@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,20 +32,21 @@ class Inputs:
     def __init__(self, storage: BaseStorage) -> None:
         self._storage = storage
 
-    def fetch(self, request: ResolvedRequest) -> Pictures:
+    def fetch(self, request: ResolvedRequest, reads: Callable[[], None] = lambda: None) -> Pictures:
         """Return uint8 arrays as ImageRequest has them: (height, width, 3), a mask (height, width).
 
         Resized as diffusers' VaeImageProcessor does (Lanczos, a mask in grey levels), but for reference pictures, which
-        keep their size. Raises InputGone when a picture has left storage, and StorageError when it cannot be read.
+        keep their size. `reads` is called before each try at each of them.
+
+        Raises InputGone when a picture has left storage, and StorageError when it cannot be read.
         """
         size = request.width, request.height
         return {
-            field: tuple(self._picture(field, handle, size) for handle in handles)
+            field: tuple(self._picture(field, self._read(field, handle, reads), size) for handle in handles)
             for field, handles in inputs.named(request).items()
         }
 
-    def _picture(self, field: str, handle: str, size: tuple[int, int]) -> Pixels:
-        data = self._read(field, handle)
+    def _picture(self, field: str, data: bytes, size: tuple[int, int]) -> Pixels:
         try:
             with Image.open(io.BytesIO(data), formats=["PNG"]) as stored:
                 image = stored.convert("L" if field == "mask_image" else "RGB")
@@ -55,13 +56,15 @@ class Inputs:
             image = image.resize(size, Image.Resampling.LANCZOS)
         return np.asarray(image)
 
-    def _read(self, field: str, handle: str) -> bytes:
+    def _read(self, field: str, handle: str, reads: Callable[[], None]) -> bytes:
         for wait_s in WAITS_S:
+            reads()
             try:
                 return self._once(field, handle)
             except StorageError as error:
                 log.warning("input_not_read", field=field, code=error.code)
             time.sleep(wait_s)
+        reads()
         return self._once(field, handle)
 
     def _once(self, field: str, handle: str) -> bytes:

@@ -25,9 +25,12 @@ class Preparer:
     """Belongs to the feeder's thread, which may hang on a file system without holding up the pulse."""
 
     def __init__(
-        self, storage: BaseStorage, lora_dir: Path | None, reading: Callable[[HeldTask], AbstractContextManager[None]]
+        self,
+        storage: BaseStorage,
+        lora_dir: Path | None,
+        reading: Callable[[HeldTask | None], AbstractContextManager[Callable[[], None]]],
     ) -> None:
-        """`reading` is around all that is read from storage: see Committer.reading."""
+        """`reading` is around all that is read from a file system: see Committer.reading."""
         self._inputs = Inputs(storage)
         self._lora_dir = lora_dir
         self._reading = reading
@@ -37,17 +40,18 @@ class Preparer:
     def look(self) -> None:
         """See now and then which LoRAs there are."""
         if time.monotonic() - self._looked_at >= LOOK_EVERY_S:
-            self.loras = loras.available(self._lora_dir)
+            with self._reading(None):
+                self.loras = loras.available(self._lora_dir)
             self._looked_at = time.monotonic()
 
     def prepare(self, task: HeldTask) -> bool:
         """Give the task what it needs; where that cannot be had it ends here as failed, and this is False."""
         request = task.claimed.request
         try:
-            task.loras = loras.resolve(self._lora_dir, request.loras)
-            if inputs.named(request):
-                with self._reading(task):
-                    task.inputs = self._inputs.fetch(request)
+            if request.loras or inputs.named(request):
+                with self._reading(task) as another:
+                    task.loras = loras.resolve(self._lora_dir, request.loras)
+                    task.inputs = self._inputs.fetch(request, another)
         except Exception as error:
             if not isinstance(error, FleetError):
                 log.error("input_failed", task_id=task.claimed.task_id, error=type(error).__name__)

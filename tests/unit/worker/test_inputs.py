@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import time
@@ -13,7 +14,6 @@ from PIL import Image
 from common.broker import Broker
 from common.errors import FleetError, InputGone, StorageError
 from common.inputs import new_handle, storage_key
-from common.schemas import ResolvedRequest
 from common.settings import Settings
 from common.storage import open_storage
 from common.storage.base import BaseStorage
@@ -23,8 +23,9 @@ from tests.unit.worker.test_commit import held
 from worker import inputs as module
 from worker.commit import Committer
 from worker.gpu_worker import GpuWorker
-from worker.heartbeat import Heartbeat
+from worker.heartbeat import Heartbeat, Stage
 from worker.inputs import Inputs
+from worker.watchdog import Stall, stall
 
 
 @pytest.fixture
@@ -104,6 +105,22 @@ def test_a_storage_that_fails_is_tried_three_times(
         assert Inputs(store).fetch(resolved(init_image=handle))["init_image"][0].shape == (64, 64, 3)
 
 
+def test_each_try_at_each_picture_has_the_time_of_one(store: BaseStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, failures = store.read, iter([True, False, False, True, True, False])
+    calls: list[str] = []
+
+    def flaky(key: str) -> bytes:
+        calls.append("read")
+        if next(failures):
+            raise StorageError("stale handle")
+        return read(key)
+
+    request = resolved(init_image=kept(store), reference_images=(kept(store), kept(store)))
+    monkeypatch.setattr(store, "read", flaky)
+    Inputs(store).fetch(request, lambda: calls.append("noted"))
+    assert calls == ["noted", "read"] * 6
+
+
 def test_a_damaged_picture_is_told(store: BaseStorage) -> None:
     handle = kept(store)
     store.put(storage_key(handle), encoded()[:100])
@@ -155,7 +172,7 @@ def test_a_task_whose_picture_is_gone_ends_with_that_error(worker: Any, broker: 
 def test_whatever_goes_wrong_no_task_is_held_for_ever(
     worker: Any, broker: Broker, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: ResolvedRequest) -> None:
+    def broken(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(worker.preparer._inputs, "fetch", broken)
@@ -182,7 +199,7 @@ def test_a_read_that_hangs_keeps_no_lease_alive_and_is_seen_by_the_supervisor(
 ) -> None:
     seen: list[tuple[bool, float, object]] = []
 
-    def hang(_: ResolvedRequest) -> dict[str, object]:
+    def hang(*_: object) -> dict[str, object]:
         (task,) = worker.held()
         before = worker._is_stuck(task)
         for begun in worker.committer._storing:
@@ -198,6 +215,61 @@ def test_a_read_that_hangs_keeps_no_lease_alive_and_is_seen_by_the_supervisor(
     ((before, standing_s, stuck),) = seen
     assert (before, stuck) == (False, True)
     assert standing_s > worker.settings.step_limit_s
+
+
+def overdue(worker: Any) -> None:
+    """Let what is being read have begun too long ago."""
+    for begun in worker.committer._storing:
+        worker.committer._storing[begun] -= worker.settings.step_limit_s + 1
+
+
+def test_a_folder_of_loras_that_hangs_keeps_no_lease_alive(
+    worker: Any, broker: Broker, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def hang(*_: object) -> tuple[()]:
+        (task,) = worker.held()
+        assert worker.vitals.read().in_store == [task.in_hand]
+        overdue(worker)
+        seen.append(worker._is_stuck(task))
+        return ()
+
+    monkeypatch.setattr("worker.preparing.loras.resolve", hang)
+    submit(loras=[{"name": "a", "scale": 1.0}])
+    take(worker, broker)
+    assert seen == [True]
+    assert worker.committer.standing_s() == 0.0
+
+
+def test_a_listing_of_loras_that_hangs_ends_the_worker_and_blames_no_task(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def hang(_: object) -> tuple[str, ...]:
+        reading = worker.vitals.read()
+        late = dataclasses.replace(reading, store_since=reading.store_since - worker.settings.step_limit_s - 1)
+        seen.extend((reading.in_store, stall(reading, worker.settings), stall(late, worker.settings)))
+        return ("a",)
+
+    monkeypatch.setattr("worker.preparing.loras.available", hang)
+    worker.vitals.at(Stage.IDLE)
+    worker.preparer.look()
+    assert seen == [[], None, Stall("store_limit", blame=False)]
+    assert (worker.preparer.loras, worker.committer.standing_s()) == (("a",), 0.0)
+    assert worker.vitals.read().store_since == math.inf
+
+
+def test_a_further_read_begins_anew(broker: Broker, settings: Settings, submit: SubmitFn) -> None:
+    submit()
+    committer = Committer("w1", broker, open_storage(settings), committed=lambda _: None)
+    with committer.reading(held(broker)) as another:
+        time.sleep(0.05)
+        before = committer.standing_s()
+        another()
+        assert committer.standing_s() < 0.05 <= before
+    committer.close()
 
 
 def test_reading_ends_however_it_ends(broker: Broker, settings: Settings, submit: SubmitFn) -> None:
