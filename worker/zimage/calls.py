@@ -4,7 +4,7 @@ Each formula names the moment of the call at which most is alive, and counts the
 the call's own frames still name, and those that the operator in hand reads and writes. They were read off diffusers
 0.42.1 (models/transformers/transformer_z_image.py, models/controlnets/controlnet_z_image.py,
 models/autoencoders/vae.py, models/resnet.py) and transformers' Qwen3, and are held against counted allocations by
-tests/unit/worker/zimage/test_calls.py.
+tests/unit/worker/test_zimage_memory.py.
 
 No matrix of length x length is counted: with a mask or without, head widths of Z-Image are served by kernels that keep
 none (flash and memory-efficient attention on CUDA; flash on a CPU). A mask costs a byte a token.
@@ -15,11 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from worker.zimage.shape import PATCH, Autoencoder, ControlNet, TextEncoder, Transformer
+from worker.zimage.shape import PATCH, TOKEN_MULTIPLE, Autoencoder, ControlNet, TextEncoder, Transformer
 
 FLOAT32 = 4  # bytes
 COLOURS = 3
-TOKEN_MULTIPLE = 32  # SEQ_MULTI_OF: the transformer pads captions and pictures to a multiple of this
 POSITION = 3 * 4 + 2  # bytes a token: its place on three axes in int32, whether it is padding, whether attended
 MODULATION = 9  # vectors an item: adaLN's four, four more of 1 + scale and tanh(gate), and the time's
 BLOCKED = 16  # a convolution's inner copies have their channels padded to a multiple of this

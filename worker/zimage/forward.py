@@ -12,9 +12,7 @@ from torch import Tensor
 from common.models import SIZE_MULTIPLE
 from worker.zimage.control import Control, Padded
 from worker.zimage.omni import References
-
-PATCH = 2  # latents a side
-TOKEN_MULTIPLE = 32  # the transformer pads captions and pictures to a multiple of this
+from worker.zimage.shape import PATCH, TOKEN_MULTIPLE
 
 
 def length_class(width: int, height: int) -> int:

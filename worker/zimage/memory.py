@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from worker.pipelines.base import MIB, ImageRequest
 from worker.zimage.calls import FLOAT32, Item, decode_bytes, denoise_bytes, encode_bytes, text_bytes, tokens_of
+from worker.zimage.omni import MOST_PIXELS
 from worker.zimage.shape import Autoencoder, Shape, Transformer
 
 SAFETY = (
@@ -14,7 +15,6 @@ SAFETY = (
 CUDA_WORKSPACE = 64 * MIB  # cuBLAS and cuBLASLt keep 32 MiB each on Hopper, 8 and 1 before
 CHAT = 8  # tokens that the chat template puts around a prompt
 MARK = 16  # tokens at most of what stands before or after a picture, in a tokenizer that does not know the mark
-FITTED = 1024 * 1024  # pixels; a larger reference picture is brought to the size of the picture asked for
 LATENTS = 5  # held by a run: now, before the last step, and of a picture that is painted into, its noise, its mask
 
 Count = Callable[[str], int]  # the tokens of a text
@@ -92,7 +92,7 @@ def _references(request: ImageRequest) -> Iterator[tuple[int, int]]:
     """Yield the sizes (width, height) at which reference pictures are read."""
     for picture in request.reference_images:
         height, width = picture.shape[:2]
-        yield (width, height) if width * height <= FITTED else (request.width, request.height)
+        yield (width, height) if width * height <= MOST_PIXELS else (request.width, request.height)
 
 
 def _given(request: ImageRequest) -> Iterator[tuple[int, int]]:

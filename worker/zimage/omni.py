@@ -15,11 +15,11 @@ from common.errors import PipelineFailed
 from common.models import SIZE_MULTIPLE
 from worker.pipelines.base import ImageRequest
 from worker.zimage.inputs import encode
+from worker.zimage.shape import TOKEN_MULTIPLE
 
 LEAST_SIDE = 64  # pixels of a reference picture
 MOST_ASPECT = 8  # its longer side over its shorter one
 MOST_PIXELS = 1024 * 1024  # a larger one is brought to the size of the picture asked for
-CAPTION_MULTIPLE = 32  # tokens: the transformer pads each piece of a caption to a multiple of this
 
 
 class References(NamedTuple):
@@ -51,7 +51,7 @@ def check_room(axes_lens: Sequence[int], pieces: Sequence[Tensor], references: R
     frames, rows, columns = axes_lens
     position = 1
     for piece in pieces:
-        if position + len(piece) + -len(piece) % CAPTION_MULTIPLE > frames:
+        if position + len(piece) + -len(piece) % TOKEN_MULTIPLE > frames:
             raise PipelineFailed("the prompt is too long beside its reference pictures; shorten it, or send fewer")
         position += len(piece) + 2  # one for the picture's latents, one for its features
     for latents in references.latents if references else ():

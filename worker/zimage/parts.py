@@ -14,11 +14,10 @@ from common.errors import ModelLoadFailed
 from common.models import SIZE_MULTIPLE, ModelSpec
 from worker.pipelines.base import DEFAULT_TUNING, Tuning
 from worker.zimage import offload
+from worker.zimage.shape import TOKEN_MULTIPLE
 from worker.zimage.skeletons import MODELS, classes_of, empty, naming
 from worker.zimage.sources import Source, find, loading
 from worker.zimage.weights import Component, fill_all, survey
-
-CAPTION_MULTIPLE = 32  # tokens: the transformer pads every caption to a multiple of this
 
 
 @dataclass(kw_only=True, eq=False)
@@ -115,7 +114,7 @@ def check_parts(spec: ModelSpec, scheduler: Any, transformer: Any) -> None:
         )
     # a position past the rotary tables would be a device-side assert, which ends the whole CUDA context
     frames, rows, columns = transformer.config.axes_lens
-    tokens = frames - 2 - (frames - 2) % CAPTION_MULTIPLE
+    tokens = frames - 2 - (frames - 2) % TOKEN_MULTIPLE
     if spec.max_tokens > tokens:
         raise ModelLoadFailed(f"model {spec.name}: max_tokens must be at most {tokens} for this checkpoint")
     side = min(rows, columns) * SIZE_MULTIPLE

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PATCH = 2  # latent pixels along a token's side
+TOKEN_MULTIPLE = 32  # SEQ_MULTI_OF: the transformer pads pictures and each piece of a caption to a multiple of this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
