@@ -66,7 +66,7 @@ class Settings(BaseSettings):
         20.0, ge=0, description="a task may wait this long behind tasks whose model is in memory already"
     )
     warm_sizes: Names = Field((), description="sizes warmed up before a worker is ready, as 1024x1024,512x512")
-    tile_above: int = Field(1024 * 1024, ge=64 * 64, description="pixels; larger pictures are decoded in tiles")
+    tile_above: int = Field(1024 * 1024, ge=64 * 64, description="pixels; larger pictures pass the VAE in tiles")
     embeds_cache_mb: int = Field(256, ge=0, description="memory for encoded prompts")
     offload: Literal["auto", "none", "encoders", "all"] = Field(
         "auto", description="what waits in the machine's memory until it is used; auto: as little as the GPU allows"

@@ -31,7 +31,7 @@ class Lora(NamedTuple):
 class Tuning:
     """What an operator may choose about how a pipeline uses its device."""
 
-    tile_above: int = 1024 * 1024  # pixels; a larger picture is decoded in tiles
+    tile_above: int = 1024 * 1024  # pixels; a larger picture is decoded and encoded in tiles
     embeds_bytes: int = 256 * MIB  # kept of encoded prompts
     offload: Literal["auto", "none", "encoders", "all"] = "auto"  # what waits in the machine's memory until it is used
     memory_bytes: int | None = None  # of the device that this worker may use; None: all of it

@@ -124,9 +124,12 @@ class Pipeline(BasePipeline):
         sigmas, times = schedule(parts.scheduler, width=request.width, height=request.height, steps=request.steps)
         factor = parts.vae_scale_factor
         shape = (parts.transformer.in_channels, 1, request.height // factor, request.width // factor)
-        begun = begin(request, parts.vae, shape=shape, sigmas=tuple(sigmas.tolist()), device=device)
+        tile_above = self.tuning.tile_above
+        begun = begin(
+            request, parts.vae, shape=shape, sigmas=tuple(sigmas.tolist()), device=device, tile_above=tile_above
+        )
         guided = guided_steps(request, times)
-        references = prepare_references(request, parts, device)
+        references = prepare_references(request, parts, device, tile_above=tile_above)
         warnings: list[str] = []
         captions = self._encode(request.prompt, "prompt", warnings, references)
         negatives: tuple[Tensor, ...] = ()
@@ -143,7 +146,7 @@ class Pipeline(BasePipeline):
             times=times.to(device),
             deltas=tuple(sigmas.diff().tolist()),
             kept=begun.kept,
-            control=prepare_control(request, parts.controlnet, parts.vae, device),
+            control=prepare_control(request, parts.controlnet, parts.vae, device, tile_above=tile_above),
             references=references,
             blend=self._adapters.hold(request.loras, warnings),
         )

@@ -158,7 +158,7 @@ def decode_bytes(shape: Autoencoder, width: int, height: int, *, tile: int | Non
 def _in_tiles(shape: Autoencoder, area: int, one: int) -> int:
     """Return the peak of decoding so many pixels in tiles, of which the largest allowed takes `one` bytes.
 
-    `decoding.tile_side` may choose tiles of half that side, and then a third of this is taken. It is counted all the
+    `tiling.tile_side` may choose tiles of half that side, and then a third of this is taken. It is counted all the
     same, so that a larger picture is never estimated to take less than one that is just not tiled.
 
     All tiles are kept, and their overlaps of a quarter a side make them 16/9 of the picture: beside the last tile, or
@@ -169,12 +169,18 @@ def _in_tiles(shape: Autoencoder, area: int, one: int) -> int:
     return max(tiles + one, tiles + 2 * picture, picture + 3 * area * COLOURS * FLOAT32)
 
 
-def encode_bytes(shape: Autoencoder, width: int, height: int) -> int:
+def encode_bytes(shape: Autoencoder, width: int, height: int, *, tile: int | None = None) -> int:
     """Return the peak of encoding one picture of this size in pixels: the decoder's walk the other way round.
 
-    With Flux's channels the fullest moment is a convolution of the second resnet, at the picture's own size.
+    With Flux's channels the fullest moment is a convolution of the second resnet, at the picture's own size. In tiles
+    of so many pixels it is that of the largest allowed, beside the picture and what was made of other tiles (as with
+    `_in_tiles`), or all of that as it is joined; or still the making of the picture out of its bytes.
     """
     area = width * height
+    if tile is not None and area > tile:
+        made = 2 * shape.channels * area // shape.factor**2 * shape.dtype_bytes
+        inside = made * 16 // 9 + max(encode_bytes(shape, tile, 1), 2 * made)
+        return max(COLOURS * area * shape.dtype_bytes + inside, 3 * COLOURS * FLOAT32 * area)
     channels = shape.blocks[0]
     peak = _conv(COLOURS, channels, area)
     for level, out in enumerate(shape.blocks):

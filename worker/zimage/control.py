@@ -20,11 +20,13 @@ class Control(NamedTuple):
     scale: Tensor  # (1, 1): how strongly it counts
 
 
-def prepare_control(request: ImageRequest, controlnet: Any, vae: Any, device: str) -> Control | None:
+def prepare_control(
+    request: ImageRequest, controlnet: Any, vae: Any, device: str, *, tile_above: int | None = None
+) -> Control | None:
     """Return what the ControlNet reads of the request, or None where there is no control picture."""
     if request.control_image is None:
         return None
-    latents = encode(vae, request.control_image, device)
+    latents = encode(vae, request.control_image, device, tile_above=tile_above)
     # version 2.0 has room for a picture to paint into, which stays empty here
     room = controlnet.config.control_in_dim - latents.shape[0]
     latents = pad(latents, (0, 0, 0, 0, 0, 0, 0, room)).to(controlnet.dtype)

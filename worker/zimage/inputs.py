@@ -12,6 +12,7 @@ from torch import Tensor
 from common.errors import PipelineFailed
 from common.inputs import steps_done
 from worker.pipelines.base import ImageRequest
+from worker.zimage.tiling import tiles
 
 WHITE = 128  # of 255: a mask's pixel is painted over from here on
 
@@ -39,7 +40,13 @@ class Beginning(NamedTuple):
 
 
 def begin(
-    request: ImageRequest, vae: Any, *, shape: tuple[int, ...], sigmas: tuple[float, ...], device: str
+    request: ImageRequest,
+    vae: Any,
+    *,
+    shape: tuple[int, ...],
+    sigmas: tuple[float, ...],
+    device: str,
+    tile_above: int | None = None,
 ) -> Beginning:
     """Return a run's first latents, of this shape, on the device; raises PipelineFailed where no step would be left.
 
@@ -47,7 +54,9 @@ def begin(
     means the same picture on every device.
     """
     generator = torch.Generator().manual_seed(request.seed)
-    original = None if request.init_image is None else encode(vae, request.init_image, device, generator)
+    original = None
+    if request.init_image is not None:
+        original = encode(vae, request.init_image, device, generator, tile_above=tile_above)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
     if original is None:
         return Beginning(noise, 0, None)
@@ -71,13 +80,23 @@ def noised(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return sigma * noise + (1 - sigma) * latents
 
 
-def encode(vae: Any, picture: NDArray[np.uint8], device: str, generator: torch.Generator | None = None) -> Tensor:
+def encode(
+    vae: Any,
+    picture: NDArray[np.uint8],
+    device: str,
+    generator: torch.Generator | None = None,
+    *,
+    tile_above: int | None = None,
+) -> Tensor:
     """Return the latents (channels, 1, height / 8, width / 8), float32, of a picture (height, width, 3).
 
-    They are the mode of the VAE's distribution or, with a generator, a sample of it.
+    They are the mode of the VAE's distribution or, with a generator, a sample of it. A picture of more than
+    `tile_above` pixels is encoded in tiles.
     """
     pixels = torch.tensor(picture[None], device=device).permute(0, 3, 1, 2)
-    distribution = vae.encode(pixels.float().div(255).mul(2).sub(1).to(vae.dtype), return_dict=False)[0]
+    pixels = pixels.float().div(255).mul(2).sub(1).to(vae.dtype)
+    with tiles(vae, pixels.shape[-2], pixels.shape[-1], tile_above):
+        distribution = vae.encode(pixels, return_dict=False)[0]
     latents: Tensor = distribution.mode()
     if generator is not None:
         drawn = torch.randn(latents.shape, generator=generator, dtype=torch.float32)

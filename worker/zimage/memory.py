@@ -25,7 +25,7 @@ def peak_bytes(shape: Shape, requests: Sequence[ImageRequest], *, count: Count, 
 
     It is what all of them hold, and the largest call: one forward for all that share a step, or the decoding, the
     encoding or the text of any one. `count` gives the tokens of a text; a picture above `tile_above` pixels is decoded
-    in tiles no larger.
+    and encoded in tiles no larger.
     SigLIP's own call is left out: a forward over what it makes is several times wider.
     """
     if not requests:
@@ -40,7 +40,7 @@ def peak_bytes(shape: Shape, requests: Sequence[ImageRequest], *, count: Count, 
         held += _held(shape, request, items)
         moving += 2 * len(items) * _latents(autoencoder, request)
         calls.append(decode_bytes(autoencoder, request.width, request.height, tile=tile_above))
-        calls += [encode_bytes(autoencoder, width, height) for width, height in _given(request)]
+        calls += [encode_bytes(autoencoder, width, height, tile=tile_above) for width, height in _given(request)]
         calls += [text_bytes(shape.text_encoder, max(item.caption)) for item in items]
     calls += [denoise_bytes(transformer, items) + moving for items in forwards.values()]
     return int((held + max(calls)) * SAFETY) + (CUDA_WORKSPACE if device == "cuda" else 0)

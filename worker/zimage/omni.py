@@ -29,7 +29,9 @@ class References(NamedTuple):
     features: tuple[Tensor, ...]  # (rows, columns, SigLIP's width) each
 
 
-def prepare_references(request: ImageRequest, parts: Any, device: str) -> References | None:
+def prepare_references(
+    request: ImageRequest, parts: Any, device: str, *, tile_above: int | None = None
+) -> References | None:
     """Return what the transformer reads of the reference pictures, or None where there are none.
 
     Raises PipelineFailed for a picture whose size it cannot read.
@@ -39,8 +41,8 @@ def prepare_references(request: ImageRequest, parts: Any, device: str) -> Refere
     dtype = parts.transformer.dtype
     pictures = [_fitted(picture, request.width * request.height) for picture in request.reference_images]
     features = tuple(_features(parts, picture, device).to(dtype) for picture in pictures)
-    latents = tuple(encode(parts.vae, _cropped(picture), device).to(dtype) for picture in pictures)
-    return References(latents, features)
+    latents = (encode(parts.vae, _cropped(picture), device, tile_above=tile_above) for picture in pictures)
+    return References(tuple(latent.to(dtype) for latent in latents), features)
 
 
 def check_room(axes_lens: Sequence[int], pieces: Sequence[Tensor], references: References | None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ZImageControlNetModel, ZImageTransformer2DModel
@@ -23,6 +24,7 @@ from tests.allocations import measure
 from worker.pipelines.base import ImageRequest
 from worker.pipelines.zimage import Pipeline
 from worker.zimage.calls import Item, decode_bytes, denoise_bytes, encode_bytes, text_bytes
+from worker.zimage.inputs import encode
 from worker.zimage.shape import Shape, shape_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -322,3 +324,16 @@ def test_more_pictures_or_larger_ones_never_take_less(
 
 def test_nothing_takes_nothing(pico: Pipeline) -> None:
     assert pico.peak_bytes([]) == 0
+
+
+@pytest.mark.parametrize("name", ["pico", "flux"])
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (384, 384), (192, 512), (1024, 768)])
+def test_encoding_in_tiles(name: str, width: int, height: int) -> None:
+    vae, tile = make_autoencoder(name), 128
+    shape = shaped(vae=vae).autoencoder
+    vae.register_to_config(shift_factor=0.1)
+    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    _, counted = measure(lambda: encode(vae, picture, "cpu", tile_above=tile**2))
+    estimate = encode_bytes(shape, width, height, tile=tile**2)
+    assert counted.peak <= estimate <= 1.6 * counted.peak, (counted.peak, estimate)
+    assert estimate < encode_bytes(shape, width, height)

@@ -14,7 +14,8 @@ from torch import Tensor
 from tests.unit.worker.zimage.checkpoints import PICO
 from worker.pipelines.base import ImageRequest, Tuning
 from worker.pipelines.zimage import Pipeline
-from worker.zimage.decoding import decode, tile_side, tiles
+from worker.zimage.decoding import decode
+from worker.zimage.tiling import tile_side, tiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,7 +109,7 @@ def test_the_setting_reaches_the_decoder() -> None:
 
 def test_the_vae_is_left_as_it_was(pipeline: Pipeline) -> None:
     vae = pipeline._parts.vae
-    with pytest.raises(ZeroDivisionError), tiles(vae, 64, 64, 128 * 128):
+    with pytest.raises(ZeroDivisionError), tiles(vae, 512, 512, 128 * 128):
         assert 1 / (not vae.use_tiling)
     assert not vae.use_tiling
 
