@@ -135,6 +135,8 @@ class Pipeline(BasePipeline):
         negatives: tuple[Tensor, ...] = ()
         if any(guided[begun.step :]):
             negatives = self._encode(request.negative_prompt or "", "negative prompt", warnings, references)
+        elif request.negative_prompt and request.guidance_scale <= 0:
+            warnings.append("The negative prompt was left out, as there is no guidance; set guidance_scale above 0.")
         return ZImageRun(
             request=request,
             step=begun.step,

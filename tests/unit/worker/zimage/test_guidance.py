@@ -52,6 +52,17 @@ def test_without_guidance_a_step_is_one_item(pipeline: Pipeline) -> None:
     assert items == [1] * 8
 
 
+@pytest.mark.parametrize(
+    ("negative", "scale", "told"), [("blurry", 0.0, True), ("blurry", 1.0, False), ("", 0.0, False), (None, 0.0, False)]
+)
+def test_a_negative_prompt_that_has_no_effect_is_told(
+    pipeline: Pipeline, negative: str | None, scale: float, told: bool
+) -> None:
+    warnings = pipeline.start(ask(negative_prompt=negative, guidance_scale=scale)).warnings
+    expected = "The negative prompt was left out, as there is no guidance; set guidance_scale above 0."
+    assert warnings == ([expected] if told else [])
+
+
 def test_guided_and_plain_runs_share_a_forward(pipeline: Pipeline) -> None:
     visits = [
         Visit(ask(steps=4)),
