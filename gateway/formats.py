@@ -9,6 +9,9 @@ from common.schemas import ImageFormat
 # Markers of ITU-T T.81, table B.1: those that begin a frame, and those without a length after them
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE = frozenset(range(0xD0, 0xD9)) | {0x01}
+_SCAN = 0xDA
+
+MAX_JPEG_STEPS = 4096  # segments and padding before the scan; Pillow too takes each in Python, and holds up others
 
 STORED_HEAD_BYTES = 24  # of a PNG: as much as `head` reads
 
@@ -39,12 +42,19 @@ def _png(data: bytes) -> Head | None:
 
 
 def _jpeg(data: bytes) -> Head | None:
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    """Read on to the first scan, as a decoder does; None where there is more before it than any writer has to say."""
+    at, found = 2, None
+    for _ in range(MAX_JPEG_STEPS):
+        if at + 9 > len(data):
+            return found
+        if data[at] != 0xFF:
+            return None
         marker = data[at + 1]
-        if marker in _FRAMES:
+        if marker == _SCAN:
+            return found
+        if marker in _FRAMES and found is None:
             height, width = data[at + 5 : at + 7], data[at + 7 : at + 9]
-            return Head("jpeg", int.from_bytes(width, "big"), int.from_bytes(height, "big"))
+            found = Head("jpeg", int.from_bytes(width, "big"), int.from_bytes(height, "big"))
         if marker == 0xFF:  # padding
             at += 1
         elif marker in _BARE:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from gateway import pictures
 from gateway.formats import STORED_HEAD_BYTES, head
 from tests.samples import drawn, encoded, lying_png
 
@@ -50,3 +52,19 @@ def test_anything_else_is_nothing(data: bytes) -> None:
 @given(kind=st.sampled_from(sorted(KINDS)), cut=st.integers(0, 200), junk=st.binary(max_size=40))
 def test_no_bytes_make_it_stumble(kind: str, cut: int, junk: bytes) -> None:
     head(KINDS[kind][:cut] + junk)
+
+
+@pytest.mark.parametrize("filling", [b"\xff\xff", b"\xff\x01", b"\xff\xfe\0\2"], ids=["padding", "markers", "segments"])
+@pytest.mark.parametrize("before", [b"\xff\xc0", b"\xff\xda"], ids=["the frame", "the scan"])
+def test_a_jpeg_of_fillings_costs_no_time(filling: bytes, before: bytes) -> None:
+    at = KINDS["jpeg"].index(before)
+    data = KINDS["jpeg"][:at] + filling * ((20 << 20) // len(filling)) + KINDS["jpeg"][at:]
+    began = time.perf_counter()
+    assert head(data) is None
+    with pytest.raises(pictures.Unusable):
+        pictures.canonical(data, 1 << 24)
+    assert time.perf_counter() - began < 0.1
+
+
+def test_a_little_padding_is_read_over() -> None:
+    assert head(KINDS["jpeg"].replace(b"\xff\xc0", b"\xff" * 100 + b"\xff\xc0", 1)) == ("jpeg", 48, 32)
