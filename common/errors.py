@@ -129,7 +129,7 @@ class StorageFull(StorageError):
 
 
 class TooBusy(FleetError):
-    """Raised when more large bodies arrive at once than there is memory for, and none of them ends in time."""
+    """Raised when more pictures arrive at once than there is memory for, or time to decode, within a wait."""
 
     code = "too_busy"
     retryable = True

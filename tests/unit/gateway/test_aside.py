@@ -11,6 +11,7 @@ from gateway.aside import Threads
 UNDER_GEVENT = """
 from gevent import monkey; monkey.patch_all()
 import gevent, time
+from common.errors import TooBusy
 from gateway.aside import Threads
 
 def count(seconds):
@@ -35,6 +36,21 @@ gevent.joinall(jobs)
 assert [job.value for job in jobs] == [0.3] * 3
 gaps = [later - earlier for earlier, later in zip(ticks, ticks[1:])]
 assert max(gaps) < 0.25, max(gaps)
+
+def told(call, *args):
+    try:
+        return call(*args)
+    except TooBusy as error:
+        return error.code
+
+hasty = Threads(2, patience_s=0.5)
+began = time.perf_counter()
+crowd = [gevent.spawn(told, hasty.run, time.sleep, 0.4) for _ in range(100)]
+gevent.joinall(crowd)
+assert [one.value for one in crowd].count("too_busy") == 96, [one.value for one in crowd]
+assert time.perf_counter() - began < 1.5
+assert hasty.run(count, 0.01) == 0.01
+
 try:
     threads.run(fail)
 except ValueError as error:
