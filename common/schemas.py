@@ -15,7 +15,7 @@ from common.models import Mode
 PROMPT_MAX_CHARS = 16_000
 SEED_MAX = 2**53 - 1  # the largest integer that every JSON client reads back unchanged
 METADATA_MAX_ENTRIES = 16
-PICTURE_MAX_CHARS = 64 * 1024 * 1024
+PICTURES_JSON_MAX_BYTES = 32 * 1024 * 1024  # of a body with pictures in base64; a form is better for larger ones
 REFERENCES_MAX = 4  # pictures that an edit may look at
 
 Priority = Literal["high", "normal", "low"]
@@ -68,7 +68,7 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
 # A handle of POST /api/images, or a picture itself: base64 of a PNG, JPEG or WebP file, or a data: URL of one
-Picture = Annotated[str, StringConstraints(min_length=1, max_length=PICTURE_MAX_CHARS)]
+Picture = Annotated[str, StringConstraints(min_length=1, max_length=PICTURES_JSON_MAX_BYTES)]
 
 
 class GenerateRequest(Wire):

@@ -20,6 +20,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.formparser import MultiPartParser
 
 from common.errors import FieldError, InvalidRequest, TooBusy, UnsupportedMediaType
+from common.schemas import PICTURES_JSON_MAX_BYTES
 from gateway import fields
 from gateway.aside import decoding
 
@@ -28,7 +29,6 @@ FORM = "multipart/form-data"
 PICTURES = ("image/png", "image/jpeg", "image/webp")
 
 JSON_LIMIT_BYTES = 1 << 20  # twice the largest request without pictures; more would only hold up others
-PICTURES_JSON_LIMIT_BYTES = 32 << 20  # and this with pictures in base64: a form is the better way for larger ones
 MAX_MARKS = 100_000  # of JSON's punctuation in one that is larger than that, as it has long strings, not many
 MAX_PARTS = 16  # of a form
 READS_AT_ONCE = 4
@@ -110,7 +110,7 @@ def read_with_files(model: type[fields.M], form: type[Form]) -> tuple[fields.M, 
         return _read_form(model, files), files
     if kind in PICTURES and len(names) == 1:
         return fields.read(model, {names[0]: files.add(_read())}), files
-    return read_json(model, PICTURES_JSON_LIMIT_BYTES), files
+    return read_json(model, PICTURES_JSON_MAX_BYTES), files
 
 
 def _read(limit: int | None = None) -> bytes:

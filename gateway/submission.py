@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -24,7 +24,11 @@ LIKE = ("init_image", "control_image", "reference_images")  # whose size a pictu
 
 
 def check(request: GenerateRequest, catalogue: Catalogue) -> ModelSpec:
-    """Return the model that is asked for; raises what `resolve` raises, as far as no picture needs to be looked at."""
+    """Return the model that is asked for, once what can be told without a look at the pictures is found right.
+
+    Raises InvalidRequest with an entry for each field that the model's limits refuse, and UnknownModel (which has the
+    other entries too) when there is no such model.
+    """
     errors: list[FieldError] = []
     if request.template is not None:
         errors.append(FieldError("template", "is not installed here; leave it out, or see /api/templates"))
@@ -49,17 +53,15 @@ def check(request: GenerateRequest, catalogue: Catalogue) -> ModelSpec:
 
 def resolve(
     request: GenerateRequest,
-    catalogue: Catalogue,
+    spec: ModelSpec,
     pictures: Pictures = MappingProxyType({}),
-    limits: Callable[[str], Limits] = lambda _: Limits(),
+    live: Limits = Limits(),  # noqa: B008 - a tuple
 ) -> ResolvedRequest:
-    """Return the request with every value set. `pictures` are all of its own, `limits` what workers can do by model.
+    """Return a request that `check` found right for this model with every value set.
 
-    Raises InvalidRequest with an entry for each field that the model's or the workers' limits refuse, and UnknownModel
-    (which has the other entries too) when there is no such model.
+    `pictures` are all of its own, and `live` is what workers can do. Raises InvalidRequest with an entry for each field
+    that the workers' limits refuse, or that is wrong together with the pictures' sizes.
     """
-    spec = check(request, catalogue)
-    live = limits(spec.name)
     first = next((pictures[field][0] for field in LIKE if pictures.get(field)), None)
     like = None if first is None else (first.width, first.height)
     width, height = sizes.chosen(request, spec, like, live.max_pixels)

@@ -71,11 +71,9 @@ class Tasks:
 
         Raises InvalidRequest, UnknownModel, QueueFull, StorageFull, StorageError, IdempotencyConflict.
         """
-        pictures: submission.Pictures = {}
-        if named := inputs.named(request):
-            submission.check(request, self._catalogue)
-            pictures = self._pictures.look(named, files)
-        resolved = submission.resolve(request, self._catalogue, pictures, self._broker.limits)
+        spec = submission.check(request, self._catalogue)
+        pictures = self._pictures.look(inputs.named(request), files)
+        resolved = submission.resolve(request, spec, pictures, self._broker.limits(spec.name))
         full = self._disk.reason()
         if not full:
             self._pictures.keep(pictures)

@@ -86,7 +86,7 @@ def test_every_order_is_one_that_the_gateway_takes(model: str) -> None:
     for _ in range(500):
         body = order(rng, limits)
         request = GenerateRequest.model_validate_json(json.dumps(body))
-        resolved = submission.resolve(request, _Catalogue(specs))
+        resolved = submission.resolve(request, submission.check(request, _Catalogue(specs)))
         assert resolved.model == model
         sizes[resolved.width, resolved.height] += 1
         priorities[resolved.priority] += 1

@@ -36,7 +36,7 @@ def resolved(size: tuple[int, int] = (512, 512), limits: Limits | None = None, *
         for texts in [[text for text in texts if text]]
         if texts
     }  # fmt: skip
-    return submission.resolve(request, CATALOGUE, named, lambda _: limits or Limits())
+    return submission.resolve(request, submission.check(request, CATALOGUE), named, limits or Limits())
 
 
 def test_a_model_that_cannot_is_told_with_those_that_can() -> None:

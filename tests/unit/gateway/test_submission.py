@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import InvalidRequest, UnknownModel
 from common.models import Catalogue, load_catalogue
-from common.schemas import SEED_MAX, GenerateRequest
+from common.schemas import SEED_MAX, GenerateRequest, ResolvedRequest
 from gateway import submission
 
 
@@ -19,17 +19,21 @@ def asked(**fields: Any) -> GenerateRequest:
     return GenerateRequest.model_validate({"prompt": "a red circle"} | fields)
 
 
+def resolve(request: GenerateRequest, catalogue: Catalogue) -> ResolvedRequest:
+    return submission.resolve(request, submission.check(request, catalogue))
+
+
 def refused(catalogue: Catalogue, **fields: Any) -> dict[str, str]:
     with pytest.raises(InvalidRequest) as caught:
-        submission.resolve(asked(**fields), catalogue)
+        resolve(asked(**fields), catalogue)
     return dict(caught.value.errors)
 
 
 def test_what_is_not_asked_for_is_the_models_default(catalogue: Catalogue) -> None:
-    request = submission.resolve(asked(), catalogue)
+    request = resolve(asked(), catalogue)
     assert (request.model, request.width, request.height, request.steps) == ("turbo", 1024, 1024, 8)
     assert (request.guidance_scale, request.format, request.quality, request.n) == (0.0, "webp", 85, 1)
-    other = submission.resolve(asked(model="base"), catalogue)
+    other = resolve(asked(model="base"), catalogue)
     assert (other.steps, other.guidance_scale) == (50, 4.0)
 
 
@@ -39,7 +43,7 @@ def test_what_is_asked_for_stays(catalogue: Catalogue) -> None:
         "format": "png", "quality": 50, "priority": "high", "deadline_s": 3.5, "metadata": {"a": "b"},
         "negative_prompt": "blur",
     }  # fmt: skip
-    request = submission.resolve(asked(**fields), catalogue).model_dump()
+    request = resolve(asked(**fields), catalogue).model_dump()
     assert {name: request[name] for name in fields} == fields
 
 
@@ -58,8 +62,8 @@ def test_all_that_is_wrong_is_told_at_once(catalogue: Catalogue) -> None:
 
 
 def test_the_limits_are_the_models_own(catalogue: Catalogue) -> None:
-    assert submission.resolve(asked(model="base", steps=100), catalogue).steps == 100
-    assert submission.resolve(asked(model="pico", width=64), catalogue).width == 64
+    assert resolve(asked(model="base", steps=100), catalogue).steps == 100
+    assert resolve(asked(model="pico", width=64), catalogue).width == 64
     assert "from 64 to 256" in refused(catalogue, model="pico", width=512)["width"]
 
 
@@ -71,21 +75,21 @@ def test_the_area_has_a_limit_of_its_own() -> None:
 
 def test_an_unknown_model_is_told_with_the_known_ones(catalogue: Catalogue) -> None:
     with pytest.raises(UnknownModel, match="choose one of: turbo, base, pico") as caught:
-        submission.resolve(asked(model="sdxl", template="x"), catalogue)
+        resolve(asked(model="sdxl", template="x"), catalogue)
     assert [loc for loc, _ in caught.value.errors] == ["model", "template"]
 
 
 def test_an_absent_seed_is_drawn_so_that_all_pictures_seeds_fit(
     catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert submission.resolve(asked(), catalogue).seed != submission.resolve(asked(), catalogue).seed
+    assert resolve(asked(), catalogue).seed != resolve(asked(), catalogue).seed
     monkeypatch.setattr("secrets.randbelow", lambda bound: bound - 1)
-    assert submission.resolve(asked(n=8), catalogue).seed + 7 == SEED_MAX
+    assert resolve(asked(n=8), catalogue).seed + 7 == SEED_MAX
 
 
 def test_the_last_pictures_seed_fits(catalogue: Catalogue) -> None:
-    assert submission.resolve(asked(seed=SEED_MAX), catalogue).seed == SEED_MAX
-    assert submission.resolve(asked(seed=SEED_MAX - 3, n=4), catalogue).seed == SEED_MAX - 3
+    assert resolve(asked(seed=SEED_MAX), catalogue).seed == SEED_MAX
+    assert resolve(asked(seed=SEED_MAX - 3, n=4), catalogue).seed == SEED_MAX - 3
     assert refused(catalogue, seed=SEED_MAX, n=2) == {"seed": f"must be from 0 to {SEED_MAX - 1} for 2 pictures"}
 
 
@@ -104,4 +108,4 @@ def test_ids_are_long_and_differ() -> None:
 def test_a_lora_is_named_once(catalogue: Catalogue) -> None:
     loras = [{"name": "ink"}, {"name": "soft", "scale": 0.5}, {"name": "ink", "scale": -1.0}]
     assert refused(catalogue, loras=loras) == {"loras": "names must differ"}
-    submission.resolve(asked(loras=loras[:2]), catalogue)
+    resolve(asked(loras=loras[:2]), catalogue)
