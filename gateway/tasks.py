@@ -129,16 +129,20 @@ class Tasks:
     def follow(self, task_id: str, *, tenant: str) -> Iterator[TaskRecord | Progress | None]:
         """Yield the task now and at each change, its steps in between, and None in times of silence.
 
-        Ends with the final task, or when this process stops. Raises UnknownTask and TaskExpired only at the start.
+        A step brings a preview only where there is a newer one than this has yielded. Ends with the final task, or when
+        this process stops. Raises UnknownTask and TaskExpired only at the start.
         """
         with self._hub.listen(task_id, every_step=True) as listener:
             record = self.find(task_id, tenant=tenant)
+            shown = record.preview
             yield record
             while not record.status.final and not self._hub.closed:
                 heard = listener.wait(SILENCE_S)
                 if heard == "progress":
                     preview = self._preview(task_id) if record.request.preview else None
-                    yield Progress(step=listener.step, steps=listener.steps, preview=preview)
+                    new = preview if preview != shown else None
+                    shown = new or shown
+                    yield Progress(step=listener.step, steps=listener.steps, preview=new)
                     continue
                 if heard == "look":
                     listener.wait(self._hub.catch_up_s())
@@ -147,7 +151,11 @@ class Tasks:
                         seen = self.find(task_id, tenant=tenant)
                 except RedisUnavailable:
                     seen = record  # the stream outlives it: the next silence looks again
-                yield seen if (seen.status, seen.attempts) != (record.status, record.attempts) else None
+                if (seen.status, seen.attempts) != (record.status, record.attempts):
+                    shown = seen.preview
+                    yield seen
+                else:
+                    yield None
                 record = seen
 
     def _preview(self, task_id: str) -> str | None:

@@ -12,9 +12,11 @@ from flask.testing import FlaskClient
 
 from common.broker import Broker
 from common.records import Claimed, Hold
+from common.schemas import Progress, TaskRecord
 from gateway.app import TASKS
 from gateway.dialects import native
 from gateway.tasks import Tasks
+from tests.servers import eventually
 from tests.unit.gateway.fake_worker import FakeWorker
 
 PREVIEW = "UklGRg=="
@@ -59,7 +61,7 @@ def test_a_task_that_goes_back_into_its_queue_shows_nothing(
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_events_carry_it_only_where_it_was_asked_for(
+def test_events_carry_each_once_and_only_where_it_was_asked_for(
     client: FlaskClient, broker: Broker, worker: FakeWorker, wanted: bool
 ) -> None:
     task_id = submit(client, preview=wanted)
@@ -70,11 +72,38 @@ def test_events_carry_it_only_where_it_was_asked_for(
     heard: list[str] = []
     follower = threading.Thread(target=lambda: heard.extend(stream))
     follower.start()
-    while not any("event: progress" in text for text in heard):  # until the subscription stands
+
+    def told() -> list[Any]:
+        return [json.loads(text.partition("data: ")[2]) for text in heard if text.startswith("event: progress")]
+
+    while len(told()) < 3:  # until the subscription stands, and some more
+        show(broker, task, 1)
+        time.sleep(0.05)
+    show(broker, task, 2, "bmV3")
+    eventually(lambda: told()[-1]["step"] == 2)
+    worker.succeed(task)
+    follower.join(5)
+    previews = [each["preview"] for each in told()]
+    assert [each for each in previews if each] == ([URL, "data:image/webp;base64,bmV3"] if wanted else [])
+    assert (previews[0], previews[1]) == (URL if wanted else None, None)
+
+
+def test_a_stream_that_begins_later_has_the_newest_in_its_status(
+    client: FlaskClient, broker: Broker, worker: FakeWorker
+) -> None:
+    task_id = submit(client, preview=True)
+    (task,) = worker.take()
+    show(broker, task, 1)
+    tasks: Tasks = client.application.extensions[TASKS]
+    stream = tasks.follow(task_id, tenant="default")
+    first = next(stream)
+    assert isinstance(first, TaskRecord) and first.preview == PREVIEW
+    heard: list[Any] = []
+    follower = threading.Thread(target=lambda: heard.extend(stream))
+    follower.start()
+    while not any(isinstance(each, Progress) for each in heard):
         show(broker, task, 1)
         time.sleep(0.05)
     worker.succeed(task)
     follower.join(5)
-    told = [json.loads(text.partition("data: ")[2]) for text in heard if text.startswith("event: progress")]
-    assert told
-    assert {each["preview"] for each in told} == {URL if wanted else None}
+    assert {each.preview for each in heard if isinstance(each, Progress)} == {None}
