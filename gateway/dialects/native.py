@@ -164,8 +164,8 @@ def _add_list(api: Api, gateway: Gateway) -> None:
 def _add_events(api: Api, gateway: Gateway) -> None:
     described: ResponseDict = {
         "200": {
-            "description": "`status` (the task, first and at each change), `progress` ({step, steps, preview}; a preview "
-            "only when it is new), and in the end one of `succeeded`, `failed`, `canceled`, `expired` (the task).",
+            "description": "`status` (the task, first and at each change), `progress` ({step, steps, preview}: a new "
+            "one or null), and in the end one of `succeeded`, `failed`, `canceled`, `expired` (the task).",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
         "204": {"description": "The stream had ended: its Last-Event-ID came back."},
