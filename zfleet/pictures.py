@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
@@ -89,6 +90,11 @@ def write(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise CannotWrite(f"{path}: {_reason(error)}") from None
+
+
+def from_data_url(url: str) -> bytes:
+    """Return the file that stands in a data: URL."""
+    return base64.b64decode(url.partition(",")[2])
 
 
 def _beside(path: Path) -> Path:

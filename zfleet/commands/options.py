@@ -56,7 +56,10 @@ def lora(context: click.Context, parameter: click.Parameter, values: Sequence[st
 
 
 def request(command: F) -> F:
-    """Add the prompt and every field of a request; they reach the command by the names that the API has."""
+    """Add the prompt and the fields of a request; they reach the command by the names that the API has.
+
+    Left out are `metadata` and `template`, which are for programs, and `preview`, which is a file of `generate`'s.
+    """
     options: Sequence[Callable[[F], F]] = (
         click.argument("prompt", callback=readable),
         click.option("--model", help="An alias of `zfleet settings`' ZFLEET_MODELS; the first is the default."),
@@ -67,6 +70,8 @@ def request(command: F) -> F:
         click.option("-n", "--n", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures."),
         click.option("--negative-prompt", metavar="TEXT", help="What to keep out; needs a guidance scale above 0."),
         click.option("--guidance-scale", type=float, help="How strongly the prompt is followed."),
+        click.option("--cfg-normalization", type=float, help="How far guidance may lengthen a step; 0: freely."),
+        click.option("--cfg-truncation", type=float, help="Guidance ends once 1 - sigma is above this, 0 to 1."),
         click.option(
             "--init-image", callback=picture, metavar="FILE", help="The picture to start from, or its handle."
         ),
@@ -86,6 +91,7 @@ def request(command: F) -> F:
             "--lora", "loras", callback=lora, multiple=True, metavar="NAME[:SCALE]", help="A LoRA; may be repeated."
         ),
         click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Its queue."),
+        click.option("--deadline", "deadline_s", type=float, metavar="SECONDS", help="From now; it is given up then."),
         click.option("--format", type=click.Choice(["webp", "png", "jpeg"]), help="The picture's encoding."),
         click.option("--quality", type=click.IntRange(1, 100), help="For webp and jpeg."),
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from common.schemas import GenerateRequest
 from common.settings import Settings
 from tests.servers import free_port
 from tests.unit.zfleet.stub import PIXELS, TASK, Reply, StubGateway, accepted, problem, view
-from zfleet import cli
+from zfleet import cli, pictures
+from zfleet.commands import tasks
+from zfleet.commands.generate import generate
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,6 +58,7 @@ def names() -> list[str]:
         ("generate x|--timeout|0", "--timeout"),
         ("generate x|-o|no such folder/x.png", "no folder"),
         ("generate x|-o|.", "is a folder"),
+        ("generate x|--preview|no such folder/p.webp", "no folder"),
         ("generate x|-o|/dev/null", "no regular file"),
         ("generate x|-o|x.gif", ".webp"),
         ("generate x|-o|" + "x" * 300 + ".png", "too long"),
@@ -153,6 +158,46 @@ def test_generate_starts_from_pictures_and_paints_with_loras() -> None:
         "init_image": [("init.png", b"init.png")], "mask_image": [("mask.png", b"mask.png")],
         "reference_images": [("r1.png", b"r1.png"), ("r2.png", b"r2.png")],
     }  # fmt: skip
+
+
+def test_every_field_of_a_request_has_an_option_but_those_for_programs() -> None:
+    fields = set(GenerateRequest.model_fields)
+    for command, missing in ((tasks.submit, {"metadata", "template", "preview"}), (generate, {"metadata", "template"})):
+        assert fields - {option.name for option in command.params} == missing
+
+
+def test_guidance_and_a_deadline_can_be_told() -> None:
+    line = ["submit", "x", "--cfg-normalization", "1", "--cfg-truncation", "0.5", "--deadline", "60"]
+    with StubGateway(accepted()) as stub:
+        assert cli.main([*line, "--url", stub.url]) == 0
+    assert stub.asked[0].body == {
+        "prompt": "x", "n": 1, "cfg_normalization": 1.0, "cfg_truncation": 0.5, "deadline_s": 60.0,
+    }  # fmt: skip
+
+
+def painting(step: int, preview: bytes) -> Reply:
+    url = f"data:image/webp;base64,{base64.b64encode(preview).decode()}"
+    return view("running", step, progress={"step": step, "steps": 4, "preview": url})
+
+
+def test_the_newest_preview_is_kept_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    replies = (accepted(), painting(1, b"blurred"), painting(2, b"clear"), view("succeeded"), Reply(body=PIXELS))
+    with StubGateway(*replies) as stub:
+        assert cli.main(["generate", "x", "-o", "x.webp", "--preview", "p.webp", "--url", stub.url]) == 0
+        assert stub.asked[0].body["preview"] is True
+    assert Path("p.webp").read_bytes() == b"clear"
+    assert names() == ["p.webp", "x.webp"]
+    assert capsys.readouterr().out == "x.webp\n"
+
+
+def test_a_preview_that_cannot_be_kept_costs_no_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pictures, "require_writable", lambda _: None)
+    with StubGateway(accepted(), painting(1, b"blurred"), view("succeeded"), Reply(body=PIXELS)) as stub:
+        assert cli.main(["generate", "x", "-o", "x.webp", "--preview", "gone/p.webp", "--url", stub.url]) == 0
+    assert names() == ["x.webp"]
+    assert "zfleet: warning: gone/p.webp: " in capsys.readouterr().err
 
 
 def test_several_pictures_are_numbered(capsys: pytest.CaptureFixture[str]) -> None:
