@@ -35,6 +35,15 @@ def head(data: bytes) -> Head | None:
     return None
 
 
+def png_chunks(data: bytes, most: int) -> int:
+    """Return how many chunks a PNG has, counting no further than one more than `most`."""
+    at, count = 8, 0
+    while count <= most and at + 12 <= len(data):
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        count += 1
+    return count
+
+
 def _png(data: bytes) -> Head | None:
     if data[12:16] != b"IHDR" or len(data) < STORED_HEAD_BYTES:
         return None

@@ -17,6 +17,7 @@ from common.schemas import ImageFormat
 from gateway import formats
 
 MAX_SCANS = 64  # of a JPEG; a camera's has 10, and each costs as much as the whole picture
+MAX_CHUNKS = 32_768  # of a PNG; 100 MiB in pieces of 8 KiB have 12,800, and Pillow takes each in Python
 
 _FORMATS = [
     plugin.format
@@ -62,6 +63,8 @@ def canonical(data: bytes, max_pixels: int) -> Picture:
         raise Unusable(f"has {head.width}x{head.height} pixels; at most {max_pixels} (ZFLEET_INPUT_MAX_PIXELS)")
     if head.format == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS:
         raise Unusable(f"is a JPEG of more than {MAX_SCANS} scans; save it anew")
+    if head.format == "png" and formats.png_chunks(data, MAX_CHUNKS) > MAX_CHUNKS:
+        raise Unusable(f"is a PNG of more than {MAX_CHUNKS} chunks; save it anew")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.size != (head.width, head.height):

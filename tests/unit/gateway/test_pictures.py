@@ -3,6 +3,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import struct
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -207,3 +210,12 @@ def test_base64_in_all_its_spellings(data: bytes) -> None:
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(Unusable, match="neither a handle"):
         from_text(text)
+
+
+def test_a_png_of_empty_chunks_costs_no_time() -> None:
+    data, chunk = encoded(), struct.pack(">I4sI", 0, b"tESt", zlib.crc32(b"tESt"))
+    assert canonical(data[:33] + chunk * 1000 + data[33:], 1 << 24).width == 48
+    began = time.perf_counter()
+    with pytest.raises(Unusable, match="more than 32768 chunks"):
+        canonical(data[:33] + chunk * 1_700_000 + data[33:], 1 << 24)
+    assert time.perf_counter() - began < 0.2
