@@ -105,8 +105,10 @@ class Engine:
         Waits for work up to `wait_s`; returns whether there was any. Raises DeviceFailed when nothing can be advanced
         any more; what was on the device then is still told by the heartbeat.
         """
-        self._admit(wait_s)
+        self._take_in(wait_s)
         self._drop_stopped()
+        while self._admit():
+            self._drop_stopped()  # what was just done may have taken long
         batch = self._batches.next(self._active)
         if batch:
             self._announce_room(batch)
@@ -145,24 +147,24 @@ class Engine:
                 self._held.remove(task)
                 self._retire(task)
 
-    def _admit(self, wait_s: float) -> None:
+    def _admit(self) -> bool:
+        """Load the model of the first in line, or else begin its picture; return whether there may be more to do."""
         self._blocked = False
-        if self._held and not self._inbox and not self._waiting:
-            return  # the usual case between two steps
-        self._take_in(wait_s)
-        while self._waiting and len(self._active) < self._capacity:
-            task, index = self._waiting[0]
-            if self._must_wait(task):
-                return
-            self._heartbeat.loading([task.in_hand])
-            self._blocked = not (self._has_model(task) and self._has_memory(task, index))
-            if task.outcome is not None:
-                self._blocked = False
-                continue  # it could not be begun, and is gone
-            if self._blocked:
-                return
+        if not self._waiting or len(self._active) >= self._capacity:
+            return False
+        task, index = self._waiting[0]
+        if self._must_wait(task):
+            return False
+        self._heartbeat.loading([task.in_hand])
+        loads = self._loans.lacks(task)
+        ready = self._has_model(task) and (loads or self._has_memory(task, index))
+        if task.outcome is not None:
+            return True  # it could not be begun, and is gone
+        self._blocked = not ready
+        if ready and not loads:
             self._waiting.popleft()
             self._start(task, index)
+        return ready
 
     def _take_in(self, wait_s: float) -> None:
         with self._changed:
@@ -209,9 +211,13 @@ class Engine:
         beside = [picture.run.request for picture in self._active if picture.model == model]
         try:
             return self._models.fits(model, [*beside, task.image_request(index)]) or not self._active
-        except OutOfMemory as error:
+        except DeviceFailed:
+            raise
+        except OutOfMemory as error:  # it never fits, not even alone
             self._refuse(task, error)
-            return False
+        except Exception as error:
+            self._fail(task, error)
+        return False
 
     def _start(self, task: HeldTask, index: int) -> None:
         model = task.claimed.request.model

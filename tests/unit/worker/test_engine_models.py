@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from common.records import Claimed
+from common.errors import DeviceFailed
+from common.records import Claimed, Verdict
 from tests.conftest import resolved
 from tests.unit.worker.fleet_of_models import Device, Made, catalogue, device
 from worker.engine import Engine
@@ -218,3 +219,60 @@ def test_after_a_leak_nothing_is_loaded_and_what_has_begun_is_finished(world: De
     assert (bench.residency.leaked, waits.began, waits.outcome) == (True, None, None)
     bench.engine.release(begun=False)
     assert waits.outcome == "released"
+
+
+@pytest.mark.parametrize("verdict", ["cancel", "lost"])
+def test_nothing_is_loaded_for_a_task_that_was_stopped(world: Device, verdict: Verdict) -> None:
+    bench = Bench()
+    task = bench.offer(1, "a")
+    task.verdict = verdict
+    late = bench.offer(2, "b", deadline_s=1.0)
+    late.deadline = time.monotonic()
+    bench.engine.turn(0)
+    assert world.loads == []
+    assert (task.outcome, late.outcome) == ("canceled" if verdict == "cancel" else "lost", "failed")
+
+
+def test_a_task_that_is_stopped_while_models_load_is_not_begun(world: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    tasks = [bench.offer(1, "a"), bench.offer(2, "b")]
+    load = Made.load
+
+    def stopped(pipeline: Made) -> None:
+        load(pipeline)
+        for task in tasks:
+            task.verdict = "cancel"
+
+    monkeypatch.setattr(Made, "load", stopped)
+    bench.engine.turn(0)
+    assert (world.loads, world.steps) == (["a"], [])
+    assert [task.outcome for task in tasks] == ["canceled", "canceled"]
+    assert [task.began and task.runs for task in tasks] == [[], None]
+
+
+def test_a_picture_whose_memory_cannot_be_told_fails_alone(world: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(memory_mb=450)
+    running = bench.offer(1, "a", steps=3)
+    bench.engine.turn(0)
+    with monkeypatch.context() as broken:
+        broken.setattr(Made, "peak_bytes", lambda *_: 1 // 0)
+        odd = bench.offer(2, "a")
+        bench.engine.turn(0)
+    assert odd.error is not None
+    assert (odd.outcome, odd.error.code) == ("failed", "pipeline_failed")
+    bench.run()
+    assert running.outcome == "succeeded"
+
+
+def test_a_device_that_fails_meanwhile_is_no_picture_that_does(world: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(memory_mb=450)
+    task = bench.offer(1, "a")
+    bench.residency.prewarm()
+
+    def fail(*_: object) -> int:
+        raise DeviceFailed("gone")
+
+    monkeypatch.setattr(Made, "peak_bytes", fail)
+    with pytest.raises(DeviceFailed):
+        bench.engine.turn(0)
+    assert task.outcome is None
