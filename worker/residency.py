@@ -193,7 +193,9 @@ class Residency:
         """Let go of a model that nobody uses, and verify that its memory is free; `leaked` says so if it is not."""
         began, before, resident = time.perf_counter(), self._held(), self._residents.pop(model)
         weights = resident.pipeline.weight_bytes()
-        add(self._past, {name: n for name, n in resident.pipeline.counters().items() if not is_level(name)})
+        past = dict(self._past)  # another, as other threads may be reading this one
+        add(past, {name: n for name, n in resident.pipeline.counters().items() if not is_level(name)})
+        self._past = past
         left = resident.pipeline.unload()
         self._baseline.bytes += self._held(resident.pipeline) - before
         self._unloads += 1
@@ -238,7 +240,7 @@ class Residency:
         self._residents[model] = loaded
         self._largest[model] = vram.largest_picture(loaded.pipeline, spec, self._budget([loaded]))
         self._pauses.pop(model, None)
-        self._loads[model] = self._loads.get(model, 0) + 1
+        self._loads = {**self._loads, model: self._loads.get(model, 0) + 1}
         self._changed()
         return True
 

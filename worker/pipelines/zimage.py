@@ -241,8 +241,11 @@ class Pipeline(BasePipeline):
         return allocated_bytes() if self.device == "cuda" else 0
 
     def counters(self) -> Mapping[str, float]:
-        """Return what is counted about encoded prompts."""
-        return self._prompts.counters() if self._loaded else {}
+        """Return what is counted about encoded prompts, and the bytes of the LoRAs that are loaded."""
+        prompts, adapters = getattr(self, "_prompts", None), getattr(self, "_adapters", None)
+        if prompts is None or adapters is None:  # not loaded, or being unloaded by another thread
+            return {}
+        return {**prompts.counters(), "loras_bytes": adapters.nbytes}
 
     def peak_bytes(self, requests: Sequence[ImageRequest]) -> int:
         """Return an estimate, from above, of what these pictures take beside the weights while made together."""

@@ -65,6 +65,7 @@ class Adapters:
         self._shapes = linear_shapes(transformer)
         self._dtype = transformer.dtype
         self._kept: OrderedDict[Version, Adapter] = OrderedDict()  # least recently used first
+        self._bytes = 0
         self._blends: WeakValueDictionary[Parts, Blend] = WeakValueDictionary()
         self._layers: list[Any] = []  # of the transformer, those that peft has wrapped
         self._active: Parts | None = ()  # None: whatever peft left
@@ -77,8 +78,8 @@ class Adapters:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take on the device."""
-        return sum(adapter.nbytes for adapter in self._kept.values())
+        """Bytes that they take on the device; any thread may ask."""
+        return self._bytes
 
     def hold(self, loras: Sequence[Lora], notes: list[str]) -> Blend:
         """Return a run's blend, with its files loaded, to be kept as long as the run may be stepped.
@@ -115,6 +116,7 @@ class Adapters:
         version = _version(path)
         if version not in self._kept:
             self._kept[version] = self._load(version, needed)
+            self._bytes += self._kept[version].nbytes
         self._kept.move_to_end(version)
         return self._kept[version]
 
@@ -157,7 +159,9 @@ class Adapters:
         for version in spare:
             if len(self._kept) < self._max_count and self.nbytes + nbytes <= self._max_bytes:
                 break
-            gone.append(self._kept.pop(version).name)
+            adapter = self._kept.pop(version)
+            self._bytes -= adapter.nbytes
+            gone.append(adapter.name)
         if gone:
             self._remove(gone)
 

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from common.errors import DeviceFailed, ModelLoadFailed, OutOfMemory
 from common.models import BUILT_IN, Catalogue
-from tests.unit.worker.fleet_of_models import catalogue, device
+from tests.unit.worker.fleet_of_models import Made, catalogue, device
 from worker import residency as module
 from worker.pipelines import simulated
 from worker.pipelines.base import MIB, ImageRequest, Tuning
@@ -187,6 +187,24 @@ def test_a_residue_is_told_once_and_the_level_follows_models(monkeypatch: pytest
         "pictures": 2.0,
         "kept_bytes": 0.0,
     }
+
+
+def test_counters_may_be_asked_for_while_a_model_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    device(monkeypatch)
+    residency = Residency(catalogue("a"), device="cpu")
+    use(residency, "a")
+
+    class Slow(float):
+        """A count that a thread adds up just as the other lets a model go."""
+
+        def __radd__(self, other: float) -> float:
+            residency.unload("a", "idle")
+            return other + 1
+
+    residency._past = {"counted before": Slow()}
+    monkeypatch.setattr(Made, "counters", lambda _: {"never counted so far": 1.0})
+    assert residency.counters()["counted before"] == 1
+    assert residency.loaded == ()
 
 
 def test_a_picture_is_begun_only_where_its_estimate_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from common.errors import LoraUnusable, OutOfMemory
 from common.models import BUILT_IN
 from tests.unit.worker.zimage.lorafiles import ATTENTION, PICO_SHAPES, Form, write_lora
 from worker import pico
+from worker.pipelines import zimage as module
 from worker.pipelines.base import ImageRequest, Lora, Run
 from worker.pipelines.zimage import Pipeline
 from worker.zimage.adapters import Adapters
@@ -480,3 +481,15 @@ def test_unloading_the_model_takes_its_loras_along(tmp_path: Path) -> None:
     picture(made, Lora(write_lora(tmp_path / "a.safetensors"), 1.0))
     assert made.weight_bytes() == plain + made._adapters.nbytes
     assert made.unload() == 0
+
+
+def test_what_loras_take_is_a_level_that_any_thread_may_ask_for(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(pipeline, Lora(write_lora(tmp_path / "a.safetensors"), 1.0))
+    assert pipeline.counters()["loras_bytes"] == pipeline._adapters.nbytes > 0
+    made, asked = load(), list[Any]()
+    traces = module.Traces
+    monkeypatch.setattr(module, "Traces", lambda models: (asked.append(made.counters()), traces(models))[1])
+    assert made.unload() == 0
+    assert (asked, made.counters()) == ([{}], {}), "as another thread asks while the model is let go"
