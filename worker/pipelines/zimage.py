@@ -252,13 +252,10 @@ class Pipeline(BasePipeline):
         return peak_bytes(
             shape_of(self._parts),
             requests,
-            count=self._count_tokens,
+            count=self._prompts.count,
             tile_above=self.tuning.tile_above,
             device=self.device,
         )
-
-    def _count_tokens(self, text: str) -> int:
-        return min(len(self._parts.tokenizer(text, verbose=False).input_ids), self.spec.max_tokens)
 
     def memory_used_mb(self) -> int:
         """Device memory in live tensors of this process, in MiB; 0 on a CPU.

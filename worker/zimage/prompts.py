@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+COUNTS = 4096  # texts whose number of tokens is remembered
+
 
 class Embedded(NamedTuple):
     """A text that the text encoder has read."""
@@ -28,6 +30,7 @@ class Prompts:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, Embedded] = OrderedDict()  # by the text's SHA-256: no prompt stays in memory
         self._bytes = 0
+        self._counts: OrderedDict[bytes, int] = OrderedDict()  # tokens, by the text's SHA-256
         self._hits = 0
         self._misses = 0
 
@@ -45,12 +48,21 @@ class Prompts:
         """
         return tuple(self._embed(piece, what, warnings) for piece in omni_pieces(text, pictures))
 
+    def count(self, text: str) -> int:
+        """Return how many tokens of a bare text count, up to the model's limit."""
+        key = _digest(text)
+        if key not in self._counts:
+            self._counts[key] = min(len(self._tokenizer(text, verbose=False).input_ids), self._max_tokens)
+            if len(self._counts) > COUNTS:
+                self._counts.popitem(last=False)
+        return self._counts[key]
+
     def counters(self) -> dict[str, float]:
         """Return how often a text was found encoded, how often not, and the bytes that are kept now."""
         return {"embeds_hits": self._hits, "embeds_misses": self._misses, "embeds_bytes": self._bytes}
 
     def _embed(self, chat: str, what: str, warnings: list[str]) -> Tensor:
-        key = hashlib.sha256(chat.encode("utf-8", "surrogatepass")).digest()
+        key = _digest(chat)
         if key in self._kept:
             self._hits += 1
             self._kept.move_to_end(key)
@@ -77,6 +89,10 @@ class Prompts:
         if (count := tokens.shape[1]) > (limit := self._max_tokens):
             tokens = self._tokenizer(chat, return_tensors="pt", truncation=True, max_length=limit).input_ids
         return Embedded(last_but_one(self._text_encoder, tokens.to(self._device))[0], count)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def last_but_one(text_encoder: Any, tokens: Tensor) -> Tensor:

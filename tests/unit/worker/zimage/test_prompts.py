@@ -13,6 +13,7 @@ from tests.unit.worker.zimage.checkpoints import PICO
 from worker import pico
 from worker.pipelines.base import ImageRequest, Tuning
 from worker.pipelines.zimage import Pipeline
+from worker.zimage import prompts as module
 from worker.zimage.parts import Parts, load_parts
 from worker.zimage.prompts import Prompts, omni_pieces
 
@@ -104,6 +105,23 @@ def test_what_does_not_fit_is_not_kept(parts: Parts, reads: list[int], max_bytes
     assert torch.equal(encode(prompts, "a red circle"), encode(prompts, "a red circle"))
     assert len(reads) == 2
     assert prompts.counters() == {"embeds_hits": 0, "embeds_misses": 2, "embeds_bytes": 0}
+
+
+def test_tokens_are_counted_once(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COUNTS", 2)
+    asked: list[str] = []
+
+    def tokenize(text: str, **options: Any) -> Any:
+        asked.append(text)
+        return parts.tokenizer(text, **options)
+
+    prompts = Prompts(tokenize, parts.text_encoder, max_tokens=128, device="cpu")
+    assert [prompts.count(text) for text in ("", "", LONG, LONG)] == [0, 0, 128, 128]
+    assert prompts.count("a red circle") == len(parts.tokenizer("a red circle").input_ids)
+    assert asked == ["", LONG, "a red circle"]
+    prompts.count("")
+    assert asked[3:] == [""], "the oldest is forgotten"
+    assert "fox" not in repr(vars(prompts))
 
 
 def test_a_prompt_that_is_cut_is_told_of_each_time(parts: Parts, reads: list[int]) -> None:
