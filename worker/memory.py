@@ -46,6 +46,5 @@ def memory_mb(settings: Settings, device: str) -> int | None:
         total=None if reading is None or reading.memory_total_mb is None else reading.memory_total_mb * MIB,
         others=0 if reading is None else (reading.memory_used_mb or 0) * MIB,
         limit=None if limit_mb is None else limit_mb * MIB,
-        kept=0 if device == gpu.CPU else settings.embeds_cache_mb * MIB,
     )
     return None if budget is None else budget // MIB

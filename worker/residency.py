@@ -14,7 +14,7 @@ from common.telemetry import get_logger
 from worker import vram
 from worker.loading import Cause, Failure, Loader, Size
 from worker.pipelines.base import DEFAULT_TUNING, MIB, BasePipeline, ImageRequest, Tuning
-from worker.residue import Baseline, add, held_bytes, is_level
+from worker.residue import Baseline, add, held_bytes, is_level, kept_bytes
 
 log = get_logger()
 
@@ -144,7 +144,8 @@ class Residency:
         return self._residents[model].pipeline
 
     def fits(self, model: str, requests: Sequence[ImageRequest]) -> bool:
-        """Whether there is memory to make these pictures together; models that nobody uses leave for it.
+        """Whether there is memory to make these pictures together; what is kept for later and models that nobody uses
+        leave for it.
 
         Raises OutOfMemory, naming the limit, if there is too little for the last of them alone.
         """
@@ -158,9 +159,8 @@ class Residency:
                 f"the picture takes about {math.ceil(alone / MIB)} MiB, and of this worker's {self._memory_mb} MiB of "
                 f"memory model {model} leaves {at_most // MIB}; ask for a smaller one"
             )
-        peak = own.pipeline.peak_bytes(requests)
-        while peak > (self._budget(self._residents.values()) or 0):
-            if not self._make_way():
+        while (missing := self._missing(own.pipeline.peak_bytes(requests))) > 0:
+            if not (self._evict(missing) or self._make_way()):
                 return False
         return True
 
@@ -289,8 +289,24 @@ class Residency:
     def _unused(self) -> list[str]:
         return [model for model, resident in self._residents.items() if not resident.users]
 
+    def _missing(self, peak: int) -> int:
+        """Return how many bytes a peak is above what there is beside all models and what they keep."""
+        return peak + self._kept() - (self._budget(self._residents.values()) or 0)
+
+    def _evict(self, missing: int) -> bool:
+        """Let go of what pipelines keep for later runs, if that may be enough; return whether it was any."""
+        kept = self._kept()
+        if kept < missing:
+            return False
+        for resident in self._residents.values():
+            resident.pipeline.evict()
+        return self._kept() < kept
+
+    def _kept(self) -> int:
+        return kept_bytes(resident.pipeline for resident in self._residents.values())
+
     def _budget(self, residents: Collection[Resident]) -> int | None:
-        """Return the bytes for pictures beside these models, 0 or more; None where nobody knows."""
+        """Return the bytes beside these models' weights, 0 or more; None where nobody knows."""
         if self._memory_mb is None:
             return None
         return max(0, self._memory_mb * MIB - sum(resident.bytes for resident in residents))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from common.telemetry import get_logger
 from worker.pipelines.base import BasePipeline
@@ -33,8 +33,12 @@ class Baseline:
 def held_bytes(pipelines: Collection[BasePipeline]) -> int:
     """Return the device memory in use by this process, without what the pipelines keep on purpose."""
     allocated = max((pipeline.allocated_bytes() for pipeline in pipelines), default=0)  # each tells of all
-    kept = (n for pipeline in pipelines for name, n in pipeline.counters().items() if is_level(name))
-    return allocated - int(sum(kept)) if allocated else 0
+    return allocated - kept_bytes(pipelines) if allocated else 0
+
+
+def kept_bytes(pipelines: Iterable[BasePipeline]) -> int:
+    """Return how much these pipelines keep on the device beside their weights, on purpose."""
+    return int(sum(n for pipeline in pipelines for name, n in pipeline.counters().items() if is_level(name)))
 
 
 def is_level(counter: str) -> bool:

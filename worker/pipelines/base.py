@@ -143,10 +143,13 @@ class BasePipeline(abc.ABC):
         return 0
 
     def peak_bytes(self, requests: Sequence[ImageRequest]) -> int:
-        """Return an estimate, from above, of the device memory that these pictures take beside the weights while they
-        are made together.
+        """Return an estimate, from above, of the device memory that these pictures take while they are made together,
+        beside the weights and what the pipeline keeps.
         """
         return 0
+
+    def evict(self) -> None:
+        """Let go of all that is kept on the device for later runs (see `counters`), save what runs hold."""
 
     def counters(self) -> Mapping[str, float]:
         """Return what the pipeline has counted since it was loaded, by metric name. Any thread may ask.

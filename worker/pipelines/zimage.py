@@ -248,14 +248,23 @@ class Pipeline(BasePipeline):
         return {**prompts.counters(), "loras_bytes": adapters.nbytes}
 
     def peak_bytes(self, requests: Sequence[ImageRequest]) -> int:
-        """Return an estimate, from above, of what these pictures take beside the weights while made together."""
+        """Return an estimate, from above, of what these pictures take while made together.
+
+        LoRAs that are on the device already are not of it: they are among what is kept (`loras_bytes`).
+        """
         return peak_bytes(
             shape_of(self._parts),
             requests,
             count=self._prompts.count,
             tile_above=self.tuning.tile_above,
             device=self.device,
+            loras=self._adapters.needed_bytes(lora for request in requests for lora in request.loras),
         )
+
+    def evict(self) -> None:
+        """Let go of encoded prompts, and of LoRAs that no run holds."""
+        self._prompts.evict()
+        self._adapters.evict()
 
     def memory_used_mb(self) -> int:
         """Device memory in live tensors of this process, in MiB; 0 on a CPU.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,19 @@ class Adapters:
         if blend is None:
             blend = self._blends[parts] = Blend(parts)
         return blend
+
+    def needed_bytes(self, loras: Iterable[Lora]) -> int:
+        """Return about how many bytes more these will take on the device, by their files; 0 for what cannot be read."""
+        needed = 0
+        for path in {lora.path for lora in loras}:
+            with suppress(LoraUnusable):  # which `hold` tells
+                version = _version(path)
+                needed += 0 if version in self._kept else version.size
+        return needed
+
+    def evict(self) -> None:
+        """Take all off the transformer that no run holds."""
+        self._make_room(self._max_bytes, ())
 
     def activate(self, blend: Blend) -> None:
         """Have the next forwards use this blend and nothing else."""

@@ -20,18 +20,20 @@ LATENTS = 5  # held by a run: now, before the last step, and of a picture that i
 Count = Callable[[str], int]  # the tokens of a text
 
 
-def peak_bytes(shape: Shape, requests: Sequence[ImageRequest], *, count: Count, tile_above: int, device: str) -> int:
+def peak_bytes(
+    shape: Shape, requests: Sequence[ImageRequest], *, count: Count, tile_above: int, device: str, loras: int = 0
+) -> int:
     """Return an estimate, from above, of what these pictures take while they are made together.
 
     It is what all of them hold, and the largest call: one forward for all that share a step, or the decoding, the
     encoding or the text of any one. `count` gives the tokens of a text; a picture above `tile_above` pixels is decoded
-    and encoded in tiles no larger.
+    and encoded in tiles no larger. `loras` is what their LoRAs still have to bring to the device.
     SigLIP's own call is left out: a forward over what it makes is several times wider.
     """
     if not requests:
         return 0
     transformer, autoencoder = shape.transformer, shape.autoencoder
-    held, moving = _lora_bytes(requests), 0
+    held, moving = loras, 0
     calls: list[int] = []
     forwards: dict[Hashable, list[Item]] = {}
     for request in requests:
@@ -100,9 +102,3 @@ def _given(request: ImageRequest) -> Iterator[tuple[int, int]]:
     if request.init_image is not None or request.control_image is not None:
         yield request.width, request.height
     yield from _references(request)
-
-
-def _lora_bytes(requests: Sequence[ImageRequest]) -> int:
-    """Return the size of the LoRAs' files, each once: about what they take on the device."""
-    paths = {lora.path for request in requests for lora in request.loras}
-    return sum(path.stat().st_size for path in paths if path.is_file())

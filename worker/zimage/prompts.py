@@ -57,6 +57,11 @@ class Prompts:
                 self._counts.popitem(last=False)
         return self._counts[key]
 
+    def evict(self) -> None:
+        """Forget all embeddings; runs hold theirs themselves."""
+        self._kept.clear()
+        self._bytes = 0
+
     def counters(self) -> dict[str, float]:
         """Return how often a text was found encoded, how often not, and the bytes that are kept now."""
         return {"embeds_hits": self._hits, "embeds_misses": self._misses, "embeds_bytes": self._bytes}

@@ -26,6 +26,7 @@ class Device:
     broken: dict[str, Exception] = field(default_factory=dict)  # by model: why it cannot be loaded
     load_s: float = 0.0
     peak_mb: int = 0  # of one picture; more of them take as much each
+    kept_mb: dict[str, int] = field(default_factory=dict)  # by model: for later runs, none of which hold it
     used_mb: int = 0
     loads: list[str] = field(default_factory=list)
     steps: list[tuple[str, list[int]]] = field(default_factory=list)  # model and seeds
@@ -90,7 +91,10 @@ class Made(BasePipeline):
         return sum(request.width // 64 for request in requests) * self.world.peak_mb * MIB
 
     def counters(self) -> Mapping[str, float]:
-        return {"pictures": 1.0, "kept_bytes": 0.0}
+        return {"pictures": 1.0, "kept_bytes": self.world.kept_mb.get(self.spec.name, 0) * MIB}
+
+    def evict(self) -> None:
+        self.world.kept_mb.pop(self.spec.name, None)
 
 
 def device(monkeypatch: pytest.MonkeyPatch, **what: object) -> Device:

@@ -21,18 +21,18 @@ def reading(total_mb: int | None, used_mb: int | None) -> GpuReading:
 @pytest.mark.parametrize(
     ("read", "limit_mb", "expected"),
     [
-        (reading(24_000, 1_000), None, 23_000 - CONTEXT_MB - 100),
-        (reading(24_000, None), 12_000, 12_000 - CONTEXT_MB - 100),
+        (reading(24_000, 1_000), None, 23_000 - CONTEXT_MB),
+        (reading(24_000, None), 12_000, 12_000 - CONTEXT_MB),
         (reading(None, None), None, None),
         (None, None, None),
-        (None, 8_000, 8_000 - CONTEXT_MB - 100),
+        (None, 8_000, 8_000 - CONTEXT_MB),
     ],
 )
 def test_a_gpu_is_shared_with_what_was_there_before(
     monkeypatch: pytest.MonkeyPatch, read: GpuReading | None, limit_mb: int | None, expected: int | None
 ) -> None:
     monkeypatch.setattr(gpu, "read", lambda _: read)
-    settings = Settings(memory_limit_mb=limit_mb, embeds_cache_mb=100)
+    settings = Settings(memory_limit_mb=limit_mb)
     assert memory.memory_mb(settings, "0") == expected
 
 

@@ -226,6 +226,24 @@ def test_a_picture_is_begun_only_where_its_estimate_fits(monkeypatch: pytest.Mon
     assert nobody_knows.fits("a", [picture(2048)])
 
 
+def test_what_is_kept_for_later_is_reckoned_with_and_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = device(monkeypatch, peak_mb=100)
+    residency = Residency(catalogue("a", "b"), device="cpu", memory_mb=600)
+    residency.acquire("a"), residency.acquire("b")
+    world.kept_mb = {"a": 60, "b": 90}
+    assert residency.fits("a", [picture()] * 2)
+    assert world.kept_mb == {"a": 60, "b": 90}
+    residency.release("b")
+    assert residency.fits("a", [picture()] * 3)
+    assert (world.kept_mb, residency.loaded) == ({}, ("a", "b")), "rather than a model that would be loaded anew"
+    world.kept_mb = {"a": 60}
+    residency.acquire("b")
+    assert not residency.fits("a", [picture()] * 5)
+    assert world.kept_mb == {"a": 60}, "it would not be enough"
+    monkeypatch.setattr(Made, "evict", lambda _: None)
+    assert not residency.fits("a", [picture()] * 4), "a run holds it"
+
+
 def test_a_picture_does_not_push_out_a_model_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     device(monkeypatch, peak_mb=450)
     residency = Residency(catalogue("a", "b"), device="cpu", memory_mb=600, tuning=Tuning(embeds_bytes=0))

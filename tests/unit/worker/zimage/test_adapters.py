@@ -273,6 +273,26 @@ def test_evicting_the_last_unwraps_the_transformer(pipeline: Pipeline, tmp_path:
     picture(pipeline, Lora(path, 1.0))
 
 
+def test_what_no_run_holds_can_be_evicted_and_is_reckoned_with(pipeline: Pipeline, tmp_path: Path) -> None:
+    held, idle = (Lora(write_lora(tmp_path / f"{name}.safetensors"), 1.0) for name in ("held", "idle"))
+    gone = Lora(tmp_path / "gone.safetensors", 1.0)
+    size = idle.path.stat().st_size
+    before = pipeline.peak_bytes([ask(idle)])
+    assert before - pipeline.peak_bytes([ask(gone)]) == pytest.approx(1.1 * size, abs=2)
+    run = pipeline.start(ask(held))
+    picture(pipeline, idle)
+    assert pipeline.peak_bytes([ask(held), ask(idle)]) == pipeline.peak_bytes([ask(), ask()])
+    pipeline.evict()
+    assert loaded(pipeline) == {"held"}
+    assert pipeline.counters()["embeds_bytes"] == 0
+    assert pipeline.counters()["loras_bytes"] == pytest.approx(size, rel=0.05)
+    assert pipeline.peak_bytes([ask(idle)]) == before
+    pipeline.step([run])
+    pipeline.discard(run)
+    pipeline.evict()
+    assert (loaded(pipeline), pipeline.counters()["loras_bytes"], wrapped(pipeline)) == (set(), 0, False)
+
+
 def test_evicted_weights_are_free(pipeline: Pipeline, tmp_path: Path) -> None:
     limited(pipeline, max_count=1)
     picture(pipeline, Lora(write_lora(tmp_path / "a.safetensors"), 1.0))
