@@ -8,13 +8,11 @@ from worker.pipelines.base import MIB, BasePipeline, ImageRequest
 CUDA_CONTEXT = 512 * MIB  # what the driver takes for a process's kernels and streams, beside torch's own memory
 
 
-def budget_bytes(
-    *, device: str, total: int | None = None, others: int = 0, limit: int | None = None, kept: int = 0
-) -> int | None:
-    """Return the bytes that models and pictures may take together, 0 or more; None where nothing bounds them.
+def budget_bytes(*, device: str, total: int | None = None, others: int = 0, limit: int | None = None) -> int | None:
+    """Return the bytes that models, what they keep, and pictures may take together; None where nothing bounds them.
 
     `total` is the device's memory, of which `others`, other processes, have theirs; None where it does not say, as on a
-    CPU. `limit` is what this worker may use of it. `kept` is what caches may grow to.
+    CPU. `limit` is what this worker may use of it.
     """
     bounds = [] if total is None else [total - others]
     if limit is not None:
@@ -22,19 +20,19 @@ def budget_bytes(
     if not bounds:
         return None
     context = CUDA_CONTEXT if device == "cuda" else 0
-    return max(0, min(bounds) - context - kept)
+    return max(0, min(bounds) - context)
 
 
 def largest_picture(pipeline: BasePipeline, spec: ModelSpec, budget: int | None) -> int:
     """Return the pixels, width x height, of the largest picture that fits the budget alone; 0 if none does.
 
-    It asks what a picture takes at least, made of the shortest prompt: a task above is one that can never fit. Sides
-    differ by one multiple of 16 at most; where the largest of them within the model's limits fits, all sizes do.
+    It asks what a picture takes at least, of the shortest prompt and without guidance: a task above is one that can
+    never fit. Sides differ by one multiple of 16 at most; where the largest within the model's limits fits, all do.
     """
 
     def fits(step: int) -> bool:
         width, height = _sides(step)
-        asked = ImageRequest(prompt="", width=width, height=height, steps=1, guidance_scale=spec.guidance_scale, seed=0)
+        asked = ImageRequest(prompt="", width=width, height=height, steps=1, guidance_scale=0.0, seed=0)
         return budget is None or pipeline.peak_bytes([asked]) <= budget
 
     least, most = 2 * (spec.min_side // SIZE_MULTIPLE), 2 * (spec.max_side // SIZE_MULTIPLE)

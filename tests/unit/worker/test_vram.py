@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,8 +91,8 @@ def test_a_limit_holds_on_a_cpu() -> None:
 
 
 def test_what_others_have_is_not_for_us() -> None:
-    budget = budget_bytes(device="cuda", total=80 * GIB, others=10 * GIB, kept=GIB)
-    assert budget == 69 * GIB - CUDA_CONTEXT
+    budget = budget_bytes(device="cuda", total=80 * GIB, others=10 * GIB)
+    assert budget == 70 * GIB - CUDA_CONTEXT
     assert budget_bytes(device="cuda", total=10 * GIB, others=11 * GIB) == 0
 
 
@@ -119,6 +120,13 @@ def test_without_a_budget_or_with_room_for_all_the_models_limit_holds() -> None:
     meter: Any = Meter(1000)
     assert largest_picture(meter, TURBO, None) == TURBO.max_pixels
     assert largest_picture(meter, TURBO, 5 * GIB) == TURBO.max_pixels
+
+
+def test_the_largest_picture_is_what_is_asked_for_at_least(pico: Pipeline) -> None:
+    guided = ImageRequest(prompt="", width=192, height=192, steps=1, guidance_scale=4.0, seed=0)
+    budget = pico.peak_bytes([replace(guided, guidance_scale=0.0)])
+    assert budget < pico.peak_bytes([guided])
+    assert largest_picture(pico, PICO.model_copy(update={"guidance_scale": 4.0}), budget) >= 192 * 192
 
 
 def test_picos_largest_picture_grows_with_its_budget(pico: Pipeline) -> None:
