@@ -19,6 +19,7 @@ from worker.batches import Batches
 from worker.heartbeat import Heartbeat, InHand, Stage
 from worker.held import HeldTask, Outcome, Picture
 from worker.loans import Loans, Models
+from worker.pipelines.base import ImageRequest
 from worker.previewing import show
 
 log = get_logger()
@@ -208,9 +209,8 @@ class Engine:
     def _has_memory(self, task: HeldTask, index: int) -> bool:
         """Whether there is memory for this picture beside those that are being made; with none of them it is tried."""
         model = task.claimed.request.model
-        beside = [picture.run.request for picture in self._active if picture.model == model]
         try:
-            return self._models.fits(model, [*beside, task.image_request(index)]) or not self._active
+            return self._models.fits(model, [*self._made(model), task.image_request(index)]) or not self._active
         except DeviceFailed:
             raise
         except OutOfMemory as error:  # it never fits, not even alone
@@ -361,13 +361,16 @@ class Engine:
 
     def _tidy(self) -> None:
         """Once a turn, if pictures left: have their memory given back, and look at what is still held."""
-        for model, gone in self._dropped.items():
-            if model not in self._models.loaded:
-                continue  # it made room in this very turn
-            self._heartbeat.busy(gone)
+        left = [model for model in self._dropped if model in self._models.loaded]  # others made room in this very turn
+        for model in left:
+            self._heartbeat.busy(self._dropped[model])
             pipeline = self._models.pipeline(model)
             pipeline.release_memory()
             self._heartbeat.holds_memory(pipeline.memory_used_mb())
-            if not self._active:
-                self._models.settle(model)
+        if left:
+            self._models.settle(left[-1], {model: self._made(model) for model in self._models.loaded})
         self._dropped.clear()
+
+    def _made(self, model: str) -> list[ImageRequest]:
+        """Return what pictures of a model are being made."""
+        return [picture.run.request for picture in self._active if picture.model == model]

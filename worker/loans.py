@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from worker.held import HeldTask
@@ -31,8 +31,8 @@ class Models(Protocol):
     def fits(self, model: str, requests: Sequence[ImageRequest]) -> bool:
         """Whether there is memory to make these pictures together; raises OutOfMemory if the last never fits."""
 
-    def settle(self, model: str) -> None:
-        """Hear that nothing is being made any more, and which model was the last."""
+    def settle(self, model: str, made: Mapping[str, Sequence[ImageRequest]]) -> None:
+        """Hear that a picture of this model has left, and by model what is still being made."""
 
 
 class Loans:

@@ -164,9 +164,14 @@ class Residency:
                 return False
         return True
 
-    def settle(self, model: str) -> None:
-        """Hear that nothing is being made any more, and which model was the last."""
-        self._baseline.compare(model, self._held())
+    def settle(self, model: str, made: Mapping[str, Sequence[ImageRequest]]) -> None:
+        """Hear that a picture of this model has left, and by model what is still being made: see what is held beside.
+
+        That is compared with the level at rest and all that those pictures may take.
+        """
+        if held := self._held():
+            at_most = sum(self.pipeline(name).peak_bytes(requests) for name, requests in made.items() if requests)
+            self._baseline.compare(model, held, beside=at_most)
 
     # What the worker asks between two turns
 

@@ -1,4 +1,4 @@
-"""What a worker's device holds while nothing is being made, and whether that grows although no model came."""
+"""What a worker's device holds beside pictures that are being made, and whether that grows although no model came."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ class Baseline:
         self.bytes = 0
         self.residues = 0  # how often it did not
 
-    def compare(self, model: str, held: int) -> None:
-        """Tell, once, if more is `held` than should be; `model` made the last picture."""
-        if not self.bytes or held <= self.bytes * (1 + RESIDUE_SHARE):
+    def compare(self, model: str, held: int, *, beside: int = 0) -> None:
+        """Tell, once, if more is `held` than should be; `model` made the picture that left last.
+
+        `beside` is what pictures that are being made may take.
+        """
+        if not self.bytes or held <= self.bytes * (1 + RESIDUE_SHARE) + beside:
             return
-        residue = held - self.bytes
+        residue = held - self.bytes - beside
         percent = round(100 * residue / self.bytes, 1)
         log.warning("memory_residue", model=model, bytes=residue, percent=percent)
-        self.bytes = held
+        self.bytes = held - beside
         self.residues += 1
 
 

@@ -28,7 +28,7 @@ def make(residency: Residency, model: str, side: int = 128) -> None:
     pipeline.discard(run)
     pipeline.release_memory()
     residency.release(model)
-    residency.settle(model)
+    residency.settle(model, {})
 
 
 def test_models_that_take_turns_leave_nothing_on_the_device() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ class Resident:
     def fits(self, model: str, requests: Sequence[ImageRequest]) -> bool:
         return True
 
-    def settle(self, model: str) -> None: ...
+    def settle(self, model: str, made: Mapping[str, Sequence[ImageRequest]]) -> None: ...
 
 
 class Bench:

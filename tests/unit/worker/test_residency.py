@@ -171,14 +171,14 @@ def test_a_residue_is_told_once_and_the_level_follows_models(monkeypatch: pytest
     residency.prewarm()
     with capture_logs() as logs:
         world.used_mb += 3
-        residency.settle("a")
+        residency.settle("a", {})
         use(residency, "b")
-        residency.settle("b")
+        residency.settle("b", {})
         world.used_mb += 4
-        residency.settle("b")
-        residency.settle("b")
+        residency.settle("b", {})
+        residency.settle("b", {})
         residency.unload("b", "idle")
-        residency.settle("a")
+        residency.settle("a", {})
     assert told(logs, "memory_residue", "model", "bytes", "percent") == [("b", 7 * MIB, 3.5)]
     assert residency.counters() == {
         "models_loaded_total": 2,
@@ -187,6 +187,22 @@ def test_a_residue_is_told_once_and_the_level_follows_models(monkeypatch: pytest
         "pictures": 2.0,
         "kept_bytes": 0.0,
     }
+
+
+def test_what_pictures_being_made_may_take_is_no_residue(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = device(monkeypatch, peak_mb=20)
+    residency = Residency(catalogue("a", "b"), device="cuda")
+    residency.prewarm()
+    with capture_logs() as logs:
+        world.used_mb += 42
+        residency.settle("a", {"a": [picture()] * 2, "b": []})
+        world.used_mb += 18
+        residency.settle("a", {"a": [picture()] * 2, "b": []})
+        residency.settle("a", {"a": [picture()] * 2, "b": []})
+        world.used_mb -= 35
+        residency.settle("a", {})
+        residency.settle("a", {})
+    assert told(logs, "memory_residue", "bytes") == [(20 * MIB,), (5 * MIB,)], "25 MiB in all were left"
 
 
 def test_counters_may_be_asked_for_while_a_model_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
