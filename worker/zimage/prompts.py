@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 COUNTS = 4096  # texts whose number of tokens is remembered
 
@@ -22,7 +22,10 @@ class Prompts:
     """Encodes prompts with a checkpoint's tokenizer and text encoder, and keeps what it has encoded."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any, *, max_tokens: int, device: str, max_bytes: int = 0) -> None:
-        """Keep up to `max_bytes` of embeddings, those used last; runs that hold an older one go on holding it."""
+        """`text_encoder` ends with the layer that the transformer reads; see skeletons.empty_text_encoder.
+
+        Keep up to `max_bytes` of embeddings, those used last; runs that hold an older one go on holding it.
+        """
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._max_tokens = max_tokens
@@ -93,22 +96,11 @@ class Prompts:
         tokens = self._tokenizer(chat, return_tensors="pt", verbose=False).input_ids
         if (count := tokens.shape[1]) > (limit := self._max_tokens):
             tokens = self._tokenizer(chat, return_tensors="pt", truncation=True, max_length=limit).input_ids
-        return Embedded(last_but_one(self._text_encoder, tokens.to(self._device))[0], count)
+        return Embedded(self._text_encoder(tokens.to(self._device), use_cache=False).last_hidden_state[0], count)
 
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def last_but_one(text_encoder: Any, tokens: Tensor) -> Tensor:
-    """Return the output (texts, tokens, text width) of the layer before a text encoder's last, for token ids
-    (texts, tokens): what Z-Image reads. One without a final norm ends there already.
-    """
-    if isinstance(text_encoder.norm, nn.Identity):
-        ended: Tensor = text_encoder(tokens, use_cache=False).last_hidden_state
-        return ended
-    states: Tensor = text_encoder(tokens, output_hidden_states=True, use_cache=False).hidden_states[-2]
-    return states
 
 
 def omni_pieces(text: str, pictures: int) -> tuple[str, ...]:

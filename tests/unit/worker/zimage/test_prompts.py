@@ -55,12 +55,6 @@ def test_a_prompt_is_what_the_stock_pipeline_makes_of_it(parts: Parts) -> None:
             assert torch.allclose(encode(prompts, text), expected, atol=1e-5)
 
 
-def test_a_whole_text_encoder_serves_as_well(parts: Parts) -> None:
-    stock: Any = ZImagePipeline.from_pretrained(pico.FOLDER, local_files_only=True, dtype=torch.float32)
-    whole = Prompts(parts.tokenizer, stock.text_encoder, max_tokens=128, device="cpu")
-    assert torch.equal(encode(whole, "a red circle"), encode(make(parts, 0), "a red circle"))
-
-
 def test_the_same_text_is_read_once(parts: Parts, reads: list[int]) -> None:
     prompts = make(parts, 1 << 20)
     first, again, other = (encode(prompts, text) for text in ("a red circle", "a red circle", "a red  circle"))
