@@ -90,6 +90,7 @@ class Pipeline(BasePipeline):
         self._previews = Previews(parts.vae, self.device)
         self._adapters = Adapters(parts.transformer)
         self._dtype = parts.transformer.dtype
+        self._shape = shape_of(parts)
         self.loaded_from = parts.loaded_from
 
     def unload(self) -> int:
@@ -253,7 +254,7 @@ class Pipeline(BasePipeline):
         LoRAs that are on the device already are not of it: they are among what is kept (`loras_bytes`).
         """
         return peak_bytes(
-            shape_of(self._parts),
+            self._shape,
             requests,
             count=self._prompts.count,
             tile_above=self.tuning.tile_above,

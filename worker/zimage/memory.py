@@ -26,13 +26,14 @@ def peak_bytes(
     """Return an estimate, from above, of what these pictures take while they are made together.
 
     It is what all of them hold, and the largest call: one forward for all that share a step, or the decoding, the
-    encoding or the text of any one. `count` gives the tokens of a text; a picture above `tile_above` pixels is decoded
-    and encoded in tiles no larger. `loras` is what their LoRAs still have to bring to the device.
-    SigLIP's own call is left out: a forward over what it makes is several times wider.
+    encoding or the text of any one, with the weights that come for it where they wait elsewhere. `count` gives the
+    tokens of a text; a picture above `tile_above` pixels is decoded and encoded in tiles no larger. `loras` is what
+    their LoRAs still have to bring to the device. SigLIP's own call is left out: a forward over what it makes is several
+    times wider. So are a waiting autoencoder's weights, which come by a few MiB at a time.
     """
     if not requests:
         return 0
-    transformer, autoencoder = shape.transformer, shape.autoencoder
+    transformer, autoencoder, encoder = shape.transformer, shape.autoencoder, shape.text_encoder
     held, moving = loras, 0
     calls: list[int] = []
     forwards: dict[Hashable, list[Item]] = {}
@@ -43,8 +44,8 @@ def peak_bytes(
         moving += 2 * len(items) * _latents(autoencoder, request)
         calls.append(decode_bytes(autoencoder, request.width, request.height, tile=tile_above))
         calls += [encode_bytes(autoencoder, width, height, tile=tile_above) for width, height in _given(request)]
-        calls += [text_bytes(shape.text_encoder, max(item.caption)) for item in items]
-    calls += [denoise_bytes(transformer, items) + moving for items in forwards.values()]
+        calls += [text_bytes(encoder, max(item.caption)) + encoder.streamed for item in items]
+    calls += [denoise_bytes(transformer, items) + transformer.streamed + moving for items in forwards.values()]
     return int((held + max(calls)) * SAFETY) + (CUDA_WORKSPACE if device == "cuda" else 0)
 
 

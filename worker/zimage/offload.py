@@ -96,6 +96,16 @@ def apply(parts: Mapping[str, Any], waiting: Waiting, *, device: str) -> None:
             _settle(part, device, besides=(layers,))
 
 
+def streamed_bytes(part: nn.Module) -> int:
+    """Return how many bytes of a part's waiting weights are on the device during a call: those of two layers.
+
+    One is in use while the next is fetched; counted are the two largest. 0 where nothing of the part waits.
+    """
+    streamed = {module for module in part.modules() if hasattr(module, "_diffusers_hook")}
+    layers = [module for module in streamed if not streamed.intersection(module.modules()) - {module}]
+    return sum(sorted(sum(weight.nbytes for weight in layer.parameters()) for layer in layers)[-2:])
+
+
 def _stream(part: nn.Module, device: str, **options: Any) -> None:
     streams = device == "cuda"  # and then the weights are pinned, and never copied back
     apply_group_offloading(part, torch.device(device), torch.device("cpu"), use_stream=streams, **options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from worker.zimage.offload import streamed_bytes
+
 PATCH = 2  # latent pixels along a token's side
 TOKEN_MULTIPLE = 32  # SEQ_MULTI_OF: the transformer pads pictures and each piece of a caption to a multiple of this
 
@@ -30,6 +32,7 @@ class Transformer:
     dtype_bytes: int
     features_dim: int = 0  # of SigLIP, for a checkpoint that reads pictures
     features_tokens: int = 0  # of one picture at most
+    streamed: int = 0  # bytes of its weights, or the ControlNet's, that come for a call where they wait elsewhere
     controlnet: ControlNet | None = None
 
     @property
@@ -68,6 +71,7 @@ class TextEncoder:
     heads: int  # of the queries
     head_dim: int
     dtype_bytes: int
+    streamed: int = 0  # bytes of its weights that come for a call, where they wait elsewhere
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +104,7 @@ def _transformer(model: Any, controlnet: Any, processor: Any) -> Transformer:
         dtype_bytes=model.dtype.itemsize,
         features_dim=config.siglip_feat_dim or 0,
         features_tokens=0 if processor is None else processor.max_num_patches,
+        streamed=max(streamed_bytes(network) for network in (model, controlnet) if network is not None),
         controlnet=None if controlnet is None else _controlnet(controlnet.config),
     )
 
@@ -134,4 +139,5 @@ def _text_encoder(model: Any) -> TextEncoder:
         heads=config.num_attention_heads,
         head_dim=config.head_dim,
         dtype_bytes=model.dtype.itemsize,
+        streamed=streamed_bytes(model),
     )

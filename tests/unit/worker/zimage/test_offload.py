@@ -20,8 +20,10 @@ from tests.unit.worker.zimage.checkpoints import PICO, spec_of
 from worker.pipelines.base import ImageRequest, Tuning
 from worker.pipelines.zimage import Pipeline
 from worker.zimage import offload
+from worker.zimage.memory import peak_bytes
 from worker.zimage.offload import Choice, Waiting
 from worker.zimage.parts import Parts, load_parts
+from worker.zimage.shape import Shape, shape_of
 from worker.zimage.skeletons import empty_text_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,6 +191,24 @@ def test_what_comes_and_goes_is_dropped_with_the_model(choice: Choice, moves: li
     del parts
     list(pictures(waiting))
     assert waiting.unload() == 0
+
+
+def test_the_estimate_counts_the_weights_that_come_for_a_call() -> None:
+    parts = load_parts(PICO, "cpu")
+    plain = shape_of(parts)
+    assert (plain.transformer.streamed, plain.text_encoder.streamed) == (0, 0)
+    offload.apply(parts.models(), Waiting("all"), device="cpu")
+    shape = shape_of(parts)
+    block = sum(weight.nbytes for weight in parts.transformer.layers[0].parameters())
+    leaves = [leaf for leaf in parts.text_encoder.modules() if not [*leaf.children()]]
+    largest = sorted(sum(weight.nbytes for weight in leaf.parameters()) for leaf in leaves)[-2:]
+    assert (shape.transformer.streamed, shape.text_encoder.streamed) == (2 * block, sum(largest))
+    request = ImageRequest(prompt="", width=64, height=64, steps=1, guidance_scale=0.0, seed=1)
+
+    def estimate(shape: Shape) -> int:
+        return peak_bytes(shape, [request] * 8, count=len, tile_above=1 << 20, device="cpu")
+
+    assert estimate(shape) == pytest.approx(estimate(plain) + 1.1 * 2 * block, abs=2)
 
 
 def test_every_weight_either_comes_and_goes_or_stays(tmp_path: Path) -> None:
