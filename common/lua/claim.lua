@@ -140,8 +140,8 @@ local function choose(since)
   return best
 end
 
-local left = false
-for _, priority in ipairs(PRIORITIES) do
+-- Takes tasks of one priority; returns when the oldest task was submitted of each model that it left.
+local function take_from(priority)
   local since = {}
   for _, model in ipairs(models) do since[model] = oldest(model .. '.' .. priority) end
   local model = choose(since)
@@ -154,16 +154,23 @@ for _, priority in ipairs(PRIORITIES) do
     end
     model = choose(since)
   end
-  left = room <= 0 or next(since) ~= nil
-  if left then break end
+  return since
 end
-for _, model in ipairs(left and models or {}) do
-  for _, priority in ipairs(PRIORITIES) do
-    if redis.call('EXISTS', K.READY .. model .. '.' .. priority) == 1 then
-      ring(model)
-      break
+
+-- The bell rings for what others may take: whatever is there once this worker is full. What stands behind a task that it
+-- left on purpose is not rung for: it would hear that itself, and leave it again.
+local left = {}
+for _, priority in ipairs(PRIORITIES) do
+  local since = room > 0 and take_from(priority) or {}
+  for _, model in ipairs(models) do
+    if not left[model] and (room <= 0 or since[model]) then
+      left[model] = redis.call('EXISTS', K.READY .. model .. '.' .. priority) == 1
     end
   end
+  if room > 0 and next(since) then break end
+end
+for _, model in ipairs(models) do
+  if left[model] then ring(model) end
 end
 if #runs > 0 then
   redis.call('SET', K.CLAIM .. worker, cjson.encode({token = token, runs = runs}), 'EX', K.CLAIM_TTL_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from common.broker import Broker
 from common.schemas import TaskRecord, TaskStatus
 from common.settings import Settings
 from tests.fleet import await_final, await_running, ready_workers, record, submit_many
-from tests.servers import WorkerServer, eventually
+from tests.servers import RedisServer, WorkerServer, eventually
 
 LOAD_MS = 400.0
 
@@ -115,6 +116,31 @@ def test_tasks_whose_model_is_in_memory_go_first_until_the_others_have_waited_en
     overtook = sum(at < finished[0] for at in finished[2:] if at and finished[0])
     assert 1 <= overtook <= 6, "about a second's worth"
     assert [load_ms >= LOAD_MS for load_ms in loads_ms(tasks)].count(True) == 2, "one way and back"
+
+
+def test_a_busy_worker_that_leaves_tasks_asks_redis_a_few_times_a_second(
+    broker: Broker, changed: Change, tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """It leaves `one`, which it would have to load, and what stands behind; neither may wake it at once again."""
+    settings = changed(prewarm=("two",), resident_wait_s=60.0)
+    (tmp_path / "models.toml").write_text(MODELS.replace("image_ms = 300.0", "image_ms = 4000.0"))
+
+    def calls() -> int:
+        return int(redis_server.client.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+    with WorkerServer(settings, tmp_path / "log"):
+        ready_workers(broker)
+        busy = submit_many(broker, 1, model="two")
+        await_running(broker, busy)
+        left = submit_many(broker, 1, model="one", priority="high")
+        left += submit_many(broker, 1, model="two", priority="low")
+        before = calls()
+        time.sleep(1.0)
+        assert calls() - before < 30, "claims, beats, progress, and what the supervisor does each second"
+        for task_id in left:
+            assert broker.cancel(task_id, "default") == "canceled"
+        broker.cancel(busy[0], "default")
+        await_final(broker, busy)
 
 
 def test_a_load_counts_against_no_run_beside_it(broker: Broker, changed: Change, tmp_path: Path) -> None:

@@ -146,6 +146,31 @@ def test_a_worker_that_leaves_a_task_behind_rings_for_one_that_may_take_it(broke
     assert broker.wait(["turbo"], 0.1)
 
 
+def test_it_does_not_ring_for_what_it_would_leave_again(broker: Broker, submit: SubmitFn) -> None:
+    """What stands behind a task of a higher priority is nothing it may take, and it waits at that very bell."""
+    submit(model="turbo", priority="high"), submit(model="pico", priority="low")
+    assert broker.wait(["pico"]) and broker.wait(["turbo"])
+    assert take(broker, 4, ["pico"], busy=True) == []
+    assert not broker.wait(["pico"], 0.1)
+    assert broker.wait(["turbo"], 0.1)
+
+
+def test_a_worker_that_is_full_rings_for_every_line(broker: Broker, submit: SubmitFn) -> None:
+    high = submit(model="pico", priority="high")
+    submit(model="turbo", priority="low"), submit(model="base", priority="low")
+    assert broker.wait(["turbo"]) and broker.wait(["base"])
+    assert take(broker, 1, ["pico"]) == [high]
+    assert broker.wait(["turbo"], 0.1) and broker.wait(["base"], 0.1)
+
+
+def test_a_worker_with_room_rings_for_no_model_that_it_has_emptied(broker: Broker, submit: SubmitFn) -> None:
+    submit(model="pico"), submit(model="turbo")
+    assert broker.wait(["pico"]) and broker.wait(["turbo"])
+    assert len(take(broker, 4, ["pico"])) == 1
+    assert not broker.wait(["pico"], 0.1)
+    assert broker.wait(["turbo"], 0.1)
+
+
 def test_a_forged_job_holds_nothing_up(broker: Broker, submit: SubmitFn, redis_server: RedisServer) -> None:
     submit(model="turbo")
     redis_server.client.lpush(keys.RQ_QUEUE + "turbo.normal.default", "forged")
