@@ -25,6 +25,7 @@ from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, cla
 from common.schemas import ImageRef, StageTimings, TaskError, WorkerCard
 
 NOTHING: Mapping[Hold, str] = {}
+NO_LIMIT: Mapping[str, int] = {}
 REAP_BATCH = 100
 REAP_GAP_S = 3.0  # some supervisor looks every second; a gap this long was an outage
 RECONCILE_GRACE_S = 5.0
@@ -49,7 +50,8 @@ class Broker(FleetView):
         job = json.dumps(["zfleet.task", None, [task.task_id], {}])
         reply = self._run(
             "submit", task.task_id, task.tenant, request.model, request.priority, queue, cap,
-            task.cost, self._retention_ms, deadline_ms, request.n, request.steps, request.model_dump_json(),
+            task.cost, self._retention_ms, deadline_ms, request.n, request.steps,
+            request.width * request.height, request.model_dump_json(),
             task.request_id, job, idempotency, task.body_hash,
         )  # fmt: skip
         if reply[0] == "full":
@@ -77,12 +79,14 @@ class Broker(FleetView):
         resident: Collection[str] | None = None,
         bound_s: float = math.inf,
         busy: bool = False,
+        largest: Mapping[str, int] = NO_LIMIT,
         give_up: Callable[[], bool] | None = None,
     ) -> Claim:
         """Take tasks of these models until `room` pictures are reached.
 
         Among tasks of equal priority those whose model is `resident` (None: all are) go first, unless another's has
-        waited for `bound_s`; a worker that is `busy` takes no other ones before. A reply that got lost is asked for
+        waited for `bound_s`; a worker that is `busy` takes no other ones before. Of a model in `largest` it takes
+        pictures of so many pixels at most. A reply that got lost is asked for
         again, not claimed anew; so a worker should rather be patient than call twice. A task whose record cannot be
         read fails alone.
         """
@@ -92,18 +96,18 @@ class Broker(FleetView):
         order = there + [model for model in models if model not in there]
         reply = self._run(
             "claim", worker, gpu, token, room, lease_ms, self._retention_ms, min(bound_s, LONGEST_BOUND_S) * 1000,
-            int(busy), len(there), *order,
+            int(busy), len(there), *(part for model in order for part in (model, largest.get(model, ""))),
             give_up=give_up,
         )  # fmt: skip
         tasks = []
-        for row in reply[1:]:
+        for row in reply[2:]:
             try:
                 tasks.append(claimed(row))
             except ValidationError:
                 error = TaskError(code="unreadable_record", message="this worker cannot read the task's record")
                 with contextlib.suppress(RedisUnavailable):  # its lease runs out; the others of this claim are here
                     self.finish(worker, Hold(row[0], row[1]), "failed", error=error)
-        return Claim(tasks, reply[0] == "suspended")
+        return Claim(tasks, reply[0] == "suspended", reply[1])
 
     def wait(self, models: Sequence[str], timeout_s: float = BELL_WAIT_S) -> bool:
         """Block until the bell rings for one of these models, a second at most; return whether it rang.

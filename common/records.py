@@ -70,10 +70,13 @@ class Claimed:
 
 
 class Claim(NamedTuple):
-    """The answer to a claim; `suspended` while an operator has paused the fleet with `rq suspend`."""
+    """The answer to a claim; `suspended` while an operator has paused the fleet with `rq suspend`. `left` names the
+    models whose bell it rang for other workers: who waits there next hears its own ring.
+    """
 
     tasks: Sequence[Claimed]
     suspended: bool
+    left: Sequence[str] = ()
 
 
 class Hold(NamedTuple):

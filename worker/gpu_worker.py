@@ -43,7 +43,7 @@ IDLE_WAIT_S = 0.5  # the engine looks up this often for a drain
 SUSPENDED_WAIT_S = 0.5
 REDIS_AWAY_WAIT_S = 0.25
 BACKLOG_WAIT_S = 0.05
-BUSY_WAIT_S = 0.25  # how soon a worker that was busy looks for tasks whose model it has to load
+LEFT_WAIT_S = 0.25  # how soon a worker looks again for tasks that it left
 FEEDER_JOIN_S = 0.005
 FEED_FAILED_WAIT_S = 1.0
 COMMIT_PATIENCE_S = 5.0  # on a drain, for a Redis that is away
@@ -226,7 +226,7 @@ class GpuWorker(SimpleWorker):
             bound_s = math.inf
         claim = self.broker.claim(
             self.name, self.device, models, room,
-            resident=resident, bound_s=bound_s, busy=busy, give_up=self._draining.is_set,
+            resident=resident, bound_s=bound_s, busy=busy, largest=self._largest(), give_up=self._draining.is_set,
         )  # fmt: skip
         # the last of its tries was sent no earlier than that: each waits for a connection, and for a reply
         leased_at = max(asked, time.monotonic() - 2 * self.settings.redis_timeout_s)
@@ -234,10 +234,30 @@ class GpuWorker(SimpleWorker):
             self._take(claimed, leased_at)
         if claim.suspended or not models:
             self._draining.wait(SUSPENDED_WAIT_S)
-        elif not claim.tasks and (not busy or set(models) <= set(resident)):
-            self.broker.wait(models)
-        elif not claim.tasks:  # what it leaves because it is busy is for others, and for itself once it is not
-            self.broker.wait(resident or models, BUSY_WAIT_S)
+        elif not claim.tasks:
+            self._wait([model for model in models if model not in claim.left], bool(claim.left))
+
+    def _wait(self, bells: Sequence[str], left: bool) -> None:
+        """Wait at these bells; what it has `left`, and rung for, is for others, and later perhaps for itself."""
+        if not left:
+            self.broker.wait(bells)
+        elif bells:
+            self.broker.wait(bells, LEFT_WAIT_S)
+        else:
+            self._draining.wait(LEFT_WAIT_S)
+
+    def _largest(self) -> dict[str, int]:
+        """Return the pixels of the largest picture by model, where another worker has, or may have, memory for more.
+
+        What none has memory for it takes as before, and says so by failing it: a task must not wait for ever.
+        """
+        found = {}
+        for model, pixels in self.residency.largest.items():
+            if pixels < self.catalogue[model].max_pixels:
+                most = self.broker.limits(model).max_pixels
+                if most is None or most > pixels:
+                    found[model] = pixels
+        return found
 
     def _take(self, claimed: Claimed, leased_at: float) -> None:
         deadline = time.monotonic() + claimed.deadline_in_s if claimed.deadline_in_s else None

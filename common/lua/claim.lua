@@ -2,20 +2,24 @@
 -- then FIFO. A task leaves its queue, gets its fence and its lease in one go: there is no in-between to be lost in.
 -- Models of one priority: first those that would have to be loaded and whose oldest task has waited past the bound, then
 -- those in memory, then, if the worker holds nothing, the others; always the one with the oldest task. A claim takes tasks
--- of one model at most that has to be loaded, and none of a lower priority than what it left standing.
+-- of one model at most that has to be loaded, and none of a lower priority than what it left standing. Tasks with more
+-- pixels than the worker has memory for are not seen at all: they are for others, and hold up nothing behind them.
 -- ARGV: worker, gpu, token (new for each claim, the same when re-sent), room, lease_ms, retention_ms, bound_ms,
---       busy (1|0: whether the worker holds tasks), number of models in memory, model … (those in memory first)
--- Returns {'suspended'|'ok', {id, fence, queue, queued_ms, deadline_in_ms, request, request_id, alone (1|0)} …}
+--       busy (1|0: whether the worker holds tasks), number of models in memory, then model, most pixels ('' for no
+--       limit) … (those in memory first)
+-- Returns {'suspended'|'ok', {model whose bell it rang …}, {id, fence, queue, queued_ms, deadline_in_ms, request, request_id, alone (1|0)} …}
 local worker, gpu, token, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local lease_ms, retention_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local bound_ms, busy = tonumber(ARGV[7]), ARGV[8] == '1'
-local models, resident = {}, {}
-for m = 10, #ARGV do
-  models[m - 9] = ARGV[m]
-  resident[ARGV[m]] = m - 9 <= tonumber(ARGV[9])
+local models, resident, most = {}, {}, {}
+for m = 10, #ARGV, 2 do
+  models[#models + 1] = ARGV[m]
+  resident[ARGV[m]] = #models <= tonumber(ARGV[9])
+  most[ARGV[m]] = tonumber(ARGV[m + 1])
 end
 local PRIORITIES = {'high', 'normal', 'low'}
 local MOST_TENANTS = 64 -- that are looked at for the oldest task of a line
+local LOOK_AT = 16 -- tenants of a line, and tasks of each, among which a worker looks for what it has memory for
 local now = now_ms()
 
 local function describe(id, fence)
@@ -29,7 +33,7 @@ local last = redis.call('GET', K.CLAIM .. worker)
 if last then
   local claim = cjson.decode(last)
   if claim.token == token then
-    local again = {'ok'}
+    local again = {'ok', {}}
     for _, run in ipairs(claim.runs) do
       local r = redis.call('HMGET', K.TASK .. run[1], 'status', 'fence', 'worker')
       if r[1] == 'running' and tonumber(r[2]) == run[2] and r[3] == worker then
@@ -40,8 +44,8 @@ if last then
     return again
   end
 end
-if redis.call('EXISTS', K.RQ_SUSPENDED) == 1 then return {'suspended'} end
-if redis.call('EXISTS', K.DEAD .. worker) == 1 then return {'ok'} end -- sent before it died, and heard after its burial
+if redis.call('EXISTS', K.RQ_SUSPENDED) == 1 then return {'suspended', {}} end
+if redis.call('EXISTS', K.DEAD .. worker) == 1 then return {'ok', {}} end -- sent before it died, and heard after its burial
 
 local function take(id, queue)
   local key = K.TASK .. id
@@ -64,10 +68,24 @@ local function refuse(id, queue)
   redis.call('ZADD', K.RQ_FAILED .. queue, math.floor((now + retention_ms) / 1000), id)
 end
 
--- Pops the tenant's next live task; returns id, cost and number of pictures, or nil when its queue is empty.
-local function next_task(queue)
+-- The first task of a queue with so many pixels at most, if one is near its head. What has no record fits anywhere.
+local function first_fitting(queue, pixels)
+  for _, id in ipairs(redis.call('LRANGE', K.RQ_QUEUE .. queue, 0, LOOK_AT - 1)) do
+    if tonumber(redis.call('HGET', K.TASK .. id, 'pixels') or 0) <= pixels then return id end
+  end
+end
+
+local function pop(queue, pixels)
+  if not pixels then return redis.call('LPOP', K.RQ_QUEUE .. queue) end
+  local id = first_fitting(queue, pixels)
+  if id then redis.call('LREM', K.RQ_QUEUE .. queue, 1, id) end
+  return id
+end
+
+-- Pops the tenant's next live task; returns id, cost and number of pictures, or nil when there is none to pop.
+local function next_task(queue, pixels)
   while true do
-    local id = redis.call('LPOP', K.RQ_QUEUE .. queue)
+    local id = pop(queue, pixels)
     if not id then return nil end
     local r = redis.call('HMGET', K.TASK .. id, 'status', 'deadline_at', 'cost', 'n')
     if not r[1] then
@@ -83,15 +101,12 @@ local function next_task(queue)
   end
 end
 
-local answer, runs = {'ok'}, {}
+local answer, runs = {'ok', {}}, {}
 
--- Takes the next task of a line; returns whether the line may have more.
-local function serve(line)
-  local first = redis.call('ZRANGE', K.READY .. line, 0, 0, 'WITHSCORES')
-  if #first == 0 then return false end
-  local tenant, start = first[1], tonumber(first[2])
+-- Takes the next task of the tenant whose turn it is; returns whether there was one.
+local function serve_tenant(line, tenant, start, pixels)
   local queue = line .. '.' .. tenant
-  local id, cost, pictures = next_task(queue)
+  local id, cost, pictures = next_task(queue, pixels)
   if id then
     -- start-time fair queueing with equal shares: a tenant's next start is this one's virtual finish
     redis.call('HSET', K.CLOCK, line, start)
@@ -103,16 +118,36 @@ local function serve(line)
     answer[#answer + 1] = describe(id, fence)
   end
   if redis.call('LLEN', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. line, tenant) end
-  return true
+  return id
 end
 
--- When the oldest task of a line was submitted; nil for an empty line. With one model there is nothing to compare.
-local function oldest(line)
+-- Takes the next task of a line; returns whether the line may have more.
+local function serve(line, pixels)
+  local first = redis.call('ZRANGE', K.READY .. line, 0, pixels and LOOK_AT - 1 or 0, 'WITHSCORES')
+  for i = 1, #first, 2 do
+    local served = serve_tenant(line, first[i], tonumber(first[i + 1]), pixels)
+    if not pixels then return true end
+    if served then -- who is passed over, as its tasks are too large, falls behind nobody, nor behind the clock
+      for j = 1, i - 2, 2 do redis.call('ZADD', K.READY .. line, 'XX', first[i + 1], first[j]) end
+      return true
+    end
+  end
+  return false
+end
+
+-- When the oldest task of a line was submitted; nil for a line with none. With one model there is nothing to compare.
+local function oldest(line, pixels)
   if #models == 1 then return now end
-  local tenants = redis.call('ZRANGE', K.READY .. line, 0, MOST_TENANTS - 1)
-  local since = #tenants > 0 and now or nil
+  local tenants = redis.call('ZRANGE', K.READY .. line, 0, (pixels and LOOK_AT or MOST_TENANTS) - 1)
+  local since
   for _, tenant in ipairs(tenants) do
-    local id = redis.call('LINDEX', K.RQ_QUEUE .. line .. '.' .. tenant, 0)
+    local queue, id = line .. '.' .. tenant, nil
+    if pixels then
+      id = first_fitting(queue, pixels)
+    else
+      id = redis.call('LINDEX', K.RQ_QUEUE .. queue, 0)
+    end
+    if id or not pixels then since = since or now end
     local created = id and redis.call('HGET', K.TASK .. id, 'created_at')
     if created then since = math.min(since, created) end
   end
@@ -143,11 +178,11 @@ end
 -- Takes tasks of one priority; returns when the oldest task was submitted of each model that it left.
 local function take_from(priority)
   local since = {}
-  for _, model in ipairs(models) do since[model] = oldest(model .. '.' .. priority) end
+  for _, model in ipairs(models) do since[model] = oldest(model .. '.' .. priority, most[model]) end
   local model = choose(since)
   while room > 0 and model do
     local line, before = model .. '.' .. priority, #runs
-    since[model] = serve(line) and oldest(line) or nil
+    since[model] = serve(line, most[model]) and oldest(line, most[model]) or nil
     if #runs > before then
       busy = true
       if not resident[model] then to_load = model end
@@ -157,20 +192,23 @@ local function take_from(priority)
   return since
 end
 
--- The bell rings for what others may take: whatever is there once this worker is full. What stands behind a task that it
--- left on purpose is not rung for: it would hear that itself, and leave it again.
+-- The bell rings for what others may take: what is too large for this worker, and whatever is there once it is full. What
+-- stands behind a task that it left on purpose is not rung for: it would hear that itself, and leave it again.
 local left = {}
 for _, priority in ipairs(PRIORITIES) do
   local since = room > 0 and take_from(priority) or {}
   for _, model in ipairs(models) do
-    if not left[model] and (room <= 0 or since[model]) then
+    if not left[model] and (room <= 0 or since[model] or most[model]) then
       left[model] = redis.call('EXISTS', K.READY .. model .. '.' .. priority) == 1
     end
   end
   if room > 0 and next(since) then break end
 end
 for _, model in ipairs(models) do
-  if left[model] then ring(model) end
+  if left[model] then
+    ring(model)
+    table.insert(answer[2], model)
+  end
 end
 if #runs > 0 then
   redis.call('SET', K.CLAIM .. worker, cjson.encode({token = token, runs = runs}), 'EX', K.CLAIM_TTL_S)

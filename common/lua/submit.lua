@@ -1,11 +1,11 @@
 -- Accepts a task: record, RQ job, queue, bell. The same id, or the same Idempotency-Key and body, is one task.
 -- ARGV: id, tenant, model, priority, queue, cap, cost, retention_ms, deadline_ms (after now, 0 none), n, steps,
---       request (JSON), request_id, job data (RQ), idempotency key ('' none), body hash, 'again' for a task that
---       was accepted already, whatever the cap, and that Redis may have forgotten
+--       pixels (of one picture), request (JSON), request_id, job data (RQ), idempotency key ('' none), body hash,
+--       'again' for a task that was accepted already, whatever the cap, and that Redis may have forgotten
 -- Returns {'created'|'exists', id, position, pace of its model ('' unknown)} | {'full', depth} | {'conflict', id}
 local id, tenant, model, priority, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local cap, cost, retention_ms, deadline_ms = tonumber(ARGV[6]), ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9])
-local idempotency, body_hash = ARGV[15], ARGV[16]
+local idempotency, body_hash = ARGV[16], ARGV[17]
 local idempotency_key = K.IDEMPOTENCY .. tenant .. ':' .. idempotency
 
 if idempotency ~= '' then
@@ -19,14 +19,14 @@ if redis.call('EXISTS', K.TASK .. id) == 1 then return {'exists', id, 0, ''} end
 
 local list = K.RQ_QUEUE .. queue
 local depth = redis.call('LLEN', list)
-if depth >= cap and ARGV[17] ~= 'again' then return {'full', depth} end
+if depth >= cap and ARGV[18] ~= 'again' then return {'full', depth} end
 
 local now = now_ms()
 local deadline = deadline_ms > 0 and now + deadline_ms or 0
 redis.call('HSET', K.TASK .. id, 'id', id, 'tenant', tenant, 'model', model, 'priority', priority, 'queue', queue,
-  'cost', cost, 'n', ARGV[10], 'steps', ARGV[11], 'request', ARGV[12], 'request_id', ARGV[13], 'status', 'queued',
+  'cost', cost, 'n', ARGV[10], 'steps', ARGV[11], 'pixels', ARGV[12], 'request', ARGV[13], 'request_id', ARGV[14], 'status', 'queued',
   'fence', 0, 'crashes', 0, 'step', 0, 'created_at', now, 'deadline_at', deadline)
-redis.call('HSET', K.RQ_JOB .. id, 'created_at', iso(now), 'enqueued_at', iso(now), 'data', ARGV[14], 'origin', queue,
+redis.call('HSET', K.RQ_JOB .. id, 'created_at', iso(now), 'enqueued_at', iso(now), 'data', ARGV[15], 'origin', queue,
   'description', model .. ' task ' .. id, 'status', 'queued', 'timeout', -1)
 redis.call('SADD', K.RQ_QUEUES, list)
 redis.call('RPUSH', list, id)

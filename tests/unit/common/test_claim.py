@@ -171,6 +171,96 @@ def test_a_worker_with_room_rings_for_no_model_that_it_has_emptied(broker: Broke
     assert broker.wait(["turbo"], 0.1)
 
 
+SMALL, LARGE = {"pico": 64 * 64}, {"width": 80}  # the most a small worker has memory for; what makes a task larger
+
+
+def take_small(broker: Broker, room: int, *, worker: str = "w1", models: Sequence[str] = ("pico",)) -> list[str]:
+    return [task.task_id for task in broker.claim(worker, "cpu", models, room, largest=SMALL).tasks]
+
+
+def test_a_small_worker_leaves_what_it_has_no_memory_for(broker: Broker, submit: SubmitFn) -> None:
+    large, small, other = submit(model="pico", **LARGE), submit(model="pico"), submit(model="turbo", **LARGE)
+    assert take_small(broker, 4, models=("pico", "turbo")) == [small, other], "turbo has no limit"
+    assert take_small(broker, 4) == []
+    assert [task.task_id for task in broker.claim("w2", "cpu", ["pico"], 4).tasks] == [large]
+
+
+def test_what_is_too_large_holds_up_no_lower_priority(broker: Broker, submit: SubmitFn) -> None:
+    submit(model="pico", priority="high", **LARGE)
+    low = submit(model="pico", priority="low")
+    assert take_small(broker, 4) == [low]
+
+
+@pytest.mark.parametrize(("ahead", "seen"), [(15, True), (16, False)])
+def test_a_small_worker_looks_at_the_first_few_of_a_queue(
+    broker: Broker, submit: SubmitFn, ahead: int, seen: bool
+) -> None:
+    for _ in range(ahead):
+        submit(model="pico", **LARGE)
+    small = submit(model="pico")
+    assert take_small(broker, 4) == [small] * seen
+    assert len(broker.claim("w2", "cpu", ["pico"], 99).tasks) == ahead + 1 - seen
+
+
+def test_a_record_without_its_size_fits(broker: Broker, submit: SubmitFn, redis_server: RedisServer) -> None:
+    old = submit(model="pico", **LARGE)
+    redis_server.client.hdel(keys.TASK + old, "pixels")
+    assert take_small(broker, 1) == [old]
+
+
+def test_what_is_too_large_rings_for_another_and_is_named(broker: Broker, submit: SubmitFn) -> None:
+    large = submit(model="pico", **LARGE)
+    assert broker.wait(["pico"])
+    claim = broker.claim("w1", "cpu", MODELS, 4, largest=SMALL)
+    assert (claim.tasks, claim.left) == ([], ["pico"])
+    assert broker.wait(["pico"], 0.1)
+    assert [task.task_id for task in broker.claim("w2", "cpu", ["pico"], 4).tasks] == [large]
+    assert broker.claim("w1", "cpu", MODELS, 4, largest=SMALL).left == []
+
+
+def test_a_small_workers_claim_that_is_sent_again_gives_the_same_tasks(
+    broker: Broker, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(model="pico", **LARGE)
+    small = [submit(model="pico") for _ in range(2)]
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "same token")
+    assert [take_small(broker, 1) for _ in range(2)] == [small[:1], small[:1]]
+
+
+def test_tenants_share_a_small_worker_past_one_whose_tasks_are_too_large(broker: Broker, submit: SubmitFn) -> None:
+    for _ in range(3):
+        submit(model="pico", tenant="large", **LARGE)
+    for _ in range(10):
+        submit(model="pico", tenant="a"), submit(model="pico", tenant="b")
+    served = [broker.claim("w1", "cpu", ["pico"], 1, largest=SMALL).tasks[0].queue for _ in range(8)]
+    assert sorted(queue.rpartition(".")[2] for queue in served) == ["a"] * 4 + ["b"] * 4
+    assert broker.claim("w2", "cpu", ["pico"], 1).tasks[0].queue.endswith(".large"), "it has its turn, as it had waited"
+    for _ in range(10):
+        submit(model="pico", tenant="new")
+    late = [broker.claim("w1", "cpu", ["pico"], 1, largest=SMALL).tasks[0].queue for _ in range(9)]
+    assert late.count("pico.normal.new") <= 4, "the clock did not go back: who comes now has no credit"
+
+
+def test_only_what_fits_makes_a_model_wait_past_the_bound(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    large, fits, turbo = submit(model="pico", **LARGE), submit(model="pico"), submit(model="turbo")
+    age(large, 60)
+    claim = broker.claim("w1", "cpu", MODELS, 1, resident=["turbo"], bound_s=20.0, largest=SMALL)
+    assert [task.task_id for task in claim.tasks] == [turbo]
+    age(fits, 60)
+    claim = broker.claim("w1", "cpu", MODELS, 1, resident=["turbo"], bound_s=20.0, largest=SMALL)
+    assert [task.task_id for task in claim.tasks] == [fits]
+
+
+def test_what_is_expired_or_forged_holds_no_small_worker_up(
+    broker: Broker, submit: SubmitFn, redis_server: RedisServer
+) -> None:
+    submit(model="pico", **LARGE), submit(model="pico", deadline_s=0.001)
+    redis_server.client.rpush(keys.RQ_QUEUE + "pico.normal.default", "forged")
+    small = submit(model="pico")
+    time.sleep(0.01)
+    assert take_small(broker, 4) == [small]
+
+
 def test_a_forged_job_holds_nothing_up(broker: Broker, submit: SubmitFn, redis_server: RedisServer) -> None:
     submit(model="turbo")
     redis_server.client.lpush(keys.RQ_QUEUE + "turbo.normal.default", "forged")
