@@ -28,7 +28,7 @@ def peak_bytes(
     It is what all of them hold, and the largest call: one forward for all that share a step, or the decoding, the
     encoding or the text of any one, with the weights that come for it where they wait elsewhere. `count` gives the
     tokens of a text; a picture above `tile_above` pixels is decoded and encoded in tiles no larger. `loras` is what
-    their LoRAs still have to bring to the device. SigLIP's own call is left out: a forward over what it makes is several
+    their LoRAs still have to bring to the device. SigLIP's own call is left out: a forward over what it makes is many
     times wider. So are a waiting autoencoder's weights, which come by a few MiB at a time.
     """
     if not requests:
