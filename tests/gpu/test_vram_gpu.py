@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3Model
 
 from worker.zimage.calls import Item, decode_bytes, denoise_bytes, encode_bytes, text_bytes
+from worker.zimage.inputs import encode
 from worker.zimage.memory import CUDA_WORKSPACE, SAFETY
 from worker.zimage.shape import shape_of
 
@@ -102,6 +104,17 @@ def test_decoding_and_encoding(parts: Any, width: int, height: int) -> None:
     ):
         assert peak <= estimate * SAFETY + CUDA_WORKSPACE
         assert estimate <= LOOSEST * peak
+
+
+@pytest.mark.parametrize(("width", "height"), [(1040, 1040), (2048, 2048)])
+def test_encoding_in_tiles(parts: Any, width: int, height: int) -> None:
+    shape, tile = shape_of(parts).autoencoder, 1024 * 1024
+    parts.vae.register_to_config(shift_factor=0.1)
+    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    peak = taken(lambda: encode(parts.vae, picture, "cuda", tile_above=tile))
+    estimate = encode_bytes(shape, width, height, tile=tile)
+    assert peak <= estimate * SAFETY + CUDA_WORKSPACE
+    assert estimate < encode_bytes(shape, 2048, 2048) / 3
 
 
 def test_encoding_a_text(parts: Any) -> None:
