@@ -13,7 +13,7 @@ class Limits(NamedTuple):
 
     capacity: int = 0  # runs that advance together
     max_pixels: int | None = None  # of the largest picture that some worker has memory for
-    loras: frozenset[str] | None = None  # that some worker has
+    loras: frozenset[str] | None = None  # in some worker's folder
 
 
 def by_model(cards: Iterable[WorkerCard]) -> dict[str, Limits]:
@@ -27,9 +27,9 @@ def by_model(cards: Iterable[WorkerCard]) -> dict[str, Limits]:
 
 def _limits(model: str, workers: list[WorkerCard]) -> Limits:
     pixels = [card.max_pixels[model] for card in workers if model in card.max_pixels]
-    loras = frozenset(name for card in workers for name in card.loras)
+    loras = [card.loras for card in workers if card.loras is not None]
     return Limits(
         capacity=sum(card.capacity for card in workers),
         max_pixels=max(pixels) if len(pixels) == len(workers) else None,
-        loras=loras or None,
+        loras=frozenset().union(*loras) if len(loras) == len(workers) else None,
     )

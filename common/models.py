@@ -60,6 +60,11 @@ class ModelSpec(BaseModel):
     )
     options: Mapping[str, Option] = Field(default_factory=dict, description="read by the pipeline alone")
 
+    @property
+    def takes_loras(self) -> bool:
+        """Whether a task may name LoRAs: of the pipelines here `zimage` alone can do something with them."""
+        return self.pipeline == "zimage"
+
 
 # Weights in bfloat16 (19,600), one picture at 1024 x 1024 (2,750: decoding it) and CUDA's context (512), all estimated.
 Z_IMAGE_MB = 22_900

@@ -345,7 +345,9 @@ class WorkerCard(Stored):
     max_pixels: Mapping[str, int] = Field(
         default_factory=dict, description="Width x height of the largest picture it has memory for, by model."
     )
-    loras: Sequence[str] = Field(default=(), description="The LoRAs in its folder.")
+    loras: Sequence[str] | None = Field(
+        default=None, description="The LoRAs in its folder; null while it has not looked there."
+    )
     counters: Mapping[str, float] = Field(default_factory=dict, description="What it has counted since it started.")
     capacity: int = Field(description="Runs it can advance together.")
     running: Sequence[str] = Field(description="Ids of the tasks it holds.")
@@ -361,7 +363,7 @@ class ModelView(Wire):
     name: str
     default: bool
     modes: Sequence[Mode] = Field(description="What it can make a picture from.")
-    loras: Sequence[str] = Field(description="That its live workers have.")
+    loras: Sequence[str] = Field(description="That its live workers have; none where it takes none.")
     width: int
     height: int
     steps: int

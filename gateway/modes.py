@@ -39,7 +39,10 @@ def errors(request: GenerateRequest, spec: ModelSpec, catalogue: Catalogue) -> l
         if field in given and (clash := [other for other in others if other in given]):
             found.append(FieldError(field, f"does not go together with {', '.join(clash)}"))
     names = [lora.name for lora in request.loras]
-    if len(set(names)) < len(names):
+    if names and not spec.takes_loras:
+        able = ", ".join(other.name for other in catalogue.values() if other.takes_loras) or "none here"
+        found.append(FieldError("loras", f"model {spec.name} takes none; models that do: {able}"))
+    elif len(set(names)) < len(names):
         found.append(FieldError("loras", "names must differ"))
     return found
 

@@ -9,7 +9,7 @@ from flask import Response
 
 from common.broker import Broker
 from common.errors import NoWorker, RedisUnavailable, StorageFull
-from common.models import SIZE_MULTIPLE, Catalogue
+from common.models import SIZE_MULTIPLE, Catalogue, ModelSpec
 from common.schemas import Health, ModelView, QueueDepth, Wire, WorkerCard
 from gateway import problems
 from gateway.api import NO_STORE, Api, json_answer
@@ -141,12 +141,17 @@ def model_views(catalogue: Catalogue, cards: Sequence[WorkerCard]) -> list[Model
         ModelView(
             **spec.model_dump(include=shown),
             default=spec is catalogue.default,
-            loras=sorted({name for card in cards if spec.name in card.models for name in card.loras}),
+            loras=_loras(spec, cards),
             size_multiple=SIZE_MULTIPLE,
             workers=sum(spec.name in card.models for card in cards),
         )
         for spec in catalogue.values()
     ]
+
+
+def _loras(spec: ModelSpec, cards: Sequence[WorkerCard]) -> list[str]:
+    serving = [card for card in cards if spec.takes_loras and spec.name in card.models]
+    return sorted({name for card in serving for name in card.loras or ()})
 
 
 def _gpu_memory_used_mb(cards: Sequence[WorkerCard]) -> int:

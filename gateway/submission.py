@@ -102,7 +102,7 @@ def _live_errors(request: GenerateRequest, pixels: int, spec: ModelSpec, live: L
         most = f"width x height must be at most {live.max_pixels} pixels"
         errors.append(FieldError("width", f"{most}: no live worker of model {spec.name} has memory for more"))
     if live.loras is not None and (unknown := {lora.name for lora in request.loras} - live.loras):
-        there = ", ".join(sorted(live.loras))
+        there = ", ".join(sorted(live.loras)) or "none (see ZFLEET_LORA_DIR)"
         errors.append(FieldError("loras", f"no live worker has {', '.join(sorted(unknown))}; there are: {there}"))
     return errors
 

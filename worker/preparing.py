@@ -35,7 +35,7 @@ class Preparer:
         self._lora_dir = lora_dir
         self._reading = reading
         self._looked_at = -LOOK_EVERY_S
-        self.loras: Sequence[str] = ()  # the names of those in the folder, as of late
+        self.loras: Sequence[str] | None = None  # the names of those in the folder, as of late; None before a look
 
     def look(self) -> None:
         """See now and then which LoRAs there are."""

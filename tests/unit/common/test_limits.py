@@ -21,6 +21,13 @@ def test_what_not_every_worker_tells_is_not_known(card: CardFn) -> None:
     assert by_model([]) == {}
 
 
+def test_an_empty_folder_is_known_and_one_nobody_has_looked_into_is_not(card: CardFn) -> None:
+    bare, ink = (card(name).model_copy(update={"loras": loras}) for name, loras in (("w1", []), ("w2", ["ink"])))
+    assert by_model([bare])["simulated"].loras == frozenset()
+    assert by_model([bare, ink])["simulated"].loras == {"ink"}
+    assert by_model([ink, card("w3")])["simulated"].loras is None
+
+
 def test_the_broker_reads_it_from_the_cards(broker: Broker, card: CardFn) -> None:
     broker.beat(card("w1").model_copy(update={"max_pixels": {"simulated": 100}}), [], 60)
     assert broker.limits("simulated") == Limits(1, 100, None)

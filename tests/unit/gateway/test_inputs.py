@@ -23,6 +23,7 @@ from common.storage import open_storage
 from gateway import bodies, diskguard
 from gateway.app import create_app
 from tests.samples import drawn, encoded, lying_png
+from tests.unit.gateway.fake_worker import FakeWorker
 
 PNG, JPEG, WEBP = (encoded(kind=kind) for kind in ("PNG", "JPEG", "WEBP"))
 MASK = encoded(Image.new("L", (48, 32), 255))
@@ -384,3 +385,12 @@ def test_models_say_what_they_can_be_made_from(client: FlaskClient) -> None:
     rows = {row["name"]: row for row in client.get("/api/models").get_json()["models"]}
     assert rows["pico"]["modes"] == ["text", "image", "inpaint"]
     assert rows["pico"]["loras"] == []
+
+
+def test_a_model_that_takes_no_loras_lists_none_and_refuses_them(client: FlaskClient, worker: FakeWorker) -> None:
+    worker.beat(models=["pico", "simulated"], loras=["ink"])
+    rows = {row["name"]: row["loras"] for row in client.get("/api/models").get_json()["models"]}
+    assert (rows["pico"], rows["simulated"]) == (["ink"], [])
+    answer = client.post("/api/submit", json={"prompt": "x", "model": "simulated", "loras": [{"name": "ink"}]})
+    assert answer.status_code == 422
+    assert [error["loc"] for error in answer.get_json()["errors"]] == ["loras"]

@@ -63,7 +63,7 @@ def test_a_model_that_cannot_is_told_with_those_that_can() -> None:
             {"reference_images": [A], "init_image": B, "mask_image": A},
             {"reference_images": "does not go together with init_image, mask_image"},
         ),
-        ({"loras": [{"name": "a"}, {"name": "a", "scale": 0.5}]}, {"loras": "names must differ"}),
+        ({"loras": [{"name": "a"}]}, {"loras": "model simulated takes none; models that do: turbo, pico"}),
         ({"init_image": A, "strength": 1e-20}, {"strength": "leaves none of 8 steps to do"}),
     ],
     ids=str,
@@ -113,6 +113,10 @@ def test_a_lora_that_no_live_worker_has_is_refused() -> None:
         resolved(limits=limits, loras=[{"name": "ink"}, {"name": "chalk"}])
     assert dict(caught.value.errors) == {"loras": "no live worker has chalk; there are: clay, ink"}
     assert resolved(loras=[{"name": "chalk"}]).loras, "where nobody says what there is"
+    with pytest.raises(InvalidRequest) as caught:
+        resolved(limits=Limits(loras=frozenset()), loras=[{"name": "chalk"}])
+    told = "no live worker has chalk; there are: none (see ZFLEET_LORA_DIR)"
+    assert dict(caught.value.errors) == {"loras": told}
 
 
 def test_pictures_count_for_the_hash_by_what_they_are() -> None:
