@@ -151,10 +151,6 @@ class FleetView:
 
         return self._patiently(read)
 
-    def capacity(self, model: str) -> int:
-        """Return how many runs of this model the fleet can advance together, as of the last two seconds."""
-        return self.limits(model).capacity
-
     def limits(self, model: str) -> Limits:
         """Return what the live workers can do with this model, as of the last two seconds."""
         if time.monotonic() >= self._limits_until:
@@ -212,7 +208,7 @@ class FleetView:
 
     def _estimate(self, model: str, position: int, pace: str | None, share: float = 1.0) -> float | None:
         try:
-            capacity = self.capacity(model)
+            capacity = self.limits(model).capacity
         except RedisUnavailable:  # an estimate is not worth failing what has just been done
             return None
         if not pace or not capacity:

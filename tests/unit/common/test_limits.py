@@ -31,5 +31,4 @@ def test_an_empty_folder_is_known_and_one_nobody_has_looked_into_is_not(card: Ca
 def test_the_broker_reads_it_from_the_cards(broker: Broker, card: CardFn) -> None:
     broker.beat(card("w1").model_copy(update={"max_pixels": {"simulated": 100}}), [], 60)
     assert broker.limits("simulated") == Limits(1, 100, None)
-    assert broker.capacity("simulated") == 1
     assert broker.limits("nope") == Limits()
