@@ -88,7 +88,7 @@ def read_json(model: type[fields.M], limit: int = JSON_LIMIT_BYTES) -> fields.M:
 def turn() -> Iterator[None]:
     """Wait until there is room for this request's body, if it may be large; raises TooBusy when that takes too long."""
     length = request.content_length
-    if request.mimetype != FORM and length is not None and length <= JSON_LIMIT_BYTES:
+    if length is not None and length <= JSON_LIMIT_BYTES:
         yield
         return
     if not _turns.acquire(timeout=READ_TURN_S):
@@ -108,8 +108,11 @@ def read_with_files(model: type[fields.M], form: type[Form]) -> tuple[fields.M, 
     kind, names = request.mimetype, form.file_parts()
     if kind == FORM:
         return _read_form(model, files), files
-    if kind in PICTURES and len(names) == 1:
-        return fields.read(model, {names[0]: files.add(_read())}), files
+    if len(names) == 1:
+        if kind in PICTURES:
+            return fields.read(model, {names[0]: files.add(_read())}), files
+        if kind and not request.is_json:
+            raise UnsupportedMediaType(f"the body must be a file as {', '.join(PICTURES)}, or JSON, or {FORM}")
     return read_json(model, PICTURES_JSON_MAX_BYTES), files
 
 
@@ -136,6 +139,11 @@ def _read_form(model: type[fields.M], form: Form) -> fields.M:
     if not boundary:
         raise UnsupportedMediaType(f"{FORM} must name its boundary")
     texts, files = decoding.run(_parts, _read(), boundary)
+    needed = [
+        name for name, field in model.model_fields.items() if field.is_required() and name not in form.file_parts()
+    ]
+    if needed and "request" not in texts and "request" not in files:
+        raise InvalidRequest.field("request", f"is required: a part with the JSON of {needed[0]} and the other fields")
     values, errors = _request_part(texts, files), []
     for name in [*texts, *files]:
         if name not in form.file_parts():

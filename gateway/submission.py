@@ -20,6 +20,7 @@ from gateway.inputs import Input
 T = TypeVar("T")
 Pictures = Mapping[str, Sequence[Input]]  # of a request, by field
 
+LORAS_TOLD = 20  # in an answer; there may be thousands
 LIKE = ("init_image", "control_image", "reference_images")  # whose size a picture has whose own is not given
 
 
@@ -98,11 +99,14 @@ def resolve(
 def _live_errors(request: GenerateRequest, pixels: int, spec: ModelSpec, live: Limits) -> list[FieldError]:
     """Return what no live worker can do, where they all say what they can."""
     errors = []
-    if live.max_pixels is not None and pixels > live.max_pixels:
+    if live.max_pixels == 0:
+        errors.append(FieldError("model", f"no live worker has memory for any picture of model {spec.name}"))
+    elif live.max_pixels is not None and pixels > live.max_pixels:
         most = f"width x height must be at most {live.max_pixels} pixels"
         errors.append(FieldError("width", f"{most}: no live worker of model {spec.name} has memory for more"))
     if live.loras is not None and (unknown := {lora.name for lora in request.loras} - live.loras):
-        there = ", ".join(sorted(live.loras)) or "none (see ZFLEET_LORA_DIR)"
+        there = ", ".join(sorted(live.loras)[:LORAS_TOLD]) or "none (see ZFLEET_LORA_DIR)"
+        there += ", … (see /api/models)" if len(live.loras) > LORAS_TOLD else ""
         errors.append(FieldError("loras", f"no live worker has {', '.join(sorted(unknown))}; there are: {there}"))
     return errors
 

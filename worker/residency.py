@@ -75,6 +75,7 @@ class Residency:
         self._loads: dict[str, int] = {}  # by model, since the start
         self._unloads = 0
         self._largest: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # in bytes, of the models that were loaded so far
         self._past: dict[str, float] = {}  # counted by pipelines that are gone
         self._baseline = Baseline()
         self.swapped_at = -math.inf  # when a model last left to make room
@@ -243,9 +244,14 @@ class Residency:
             self._pause(model, loaded.message)
             raise ModelLoadFailed(loaded.message)
         self._residents[model] = loaded
+        self._sizes[model] = loaded.bytes
         self._largest[model] = vram.largest_picture(loaded.pipeline, spec, self._budget([loaded]))
         self._pauses.pop(model, None)
         self._loads = {**self._loads, model: self._loads.get(model, 0) + 1}
+        loaded.users += 1  # while others may have to leave, as it is larger than was said
+        while self._takes_too_much(*self._residents) and self._make_way():
+            pass
+        loaded.users -= 1
         self._changed()
         return True
 
@@ -279,8 +285,15 @@ class Residency:
         """Whether a model has to leave before this one comes. One that is alone is always tried."""
         if not self._residents or len(self._residents) >= self._max_resident:
             return bool(self._residents)
-        needed = spec.memory_mb + sum(self._catalogue[model].memory_mb for model in self._residents)
-        return self._memory_mb is not None and needed > self._memory_mb
+        return self._takes_too_much(*self._residents, spec.name)
+
+    def _takes_too_much(self, *models: str) -> bool:
+        sizes_mb = sum(self._size_mb(self._catalogue[model]) for model in models)
+        return self._memory_mb is not None and sizes_mb > self._memory_mb
+
+    def _size_mb(self, spec: ModelSpec) -> float:
+        """Return what the model is said to take or, if that is more, what it took when it was loaded."""
+        return max(spec.memory_mb, self._sizes.get(spec.name, 0) / MIB)
 
     def _make_way(self) -> bool:
         """Let go of the model that has not been used for the longest time; return whether there was one."""

@@ -47,9 +47,14 @@ def format_of(path: Path) -> str | None:
 
 
 def targets(path: Path, count: int) -> list[Path]:
-    """Return the files of `count` pictures: out.webp alone, or out-1.webp, out-2.webp …"""
+    """Return the files of `count` pictures: out.webp alone, or out-1.webp, out-2.webp …
+
+    Raises CannotWrite for a folder.
+    """
     if count == 1:
         return [path]
+    if path.is_dir():
+        raise CannotWrite(f"{path} is a folder")
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
 
 

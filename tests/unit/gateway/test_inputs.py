@@ -354,17 +354,27 @@ def test_too_much_is_told_the_limit(client: FlaskClient) -> None:
 
 def test_large_bodies_take_turns_and_plain_submits_none(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "READ_TURN_S", 0.05)
+    large = encoded(drawn(700, 600), compress_level=0)
     for _ in range(bodies.READS_AT_ONCE):
         assert bodies._turns.acquire(blocking=False)
     try:
-        answer = form(client, init_image=file(PNG))
+        answer = form(client, init_image=file(large))
         assert (answer.status_code, answer.get_json(force=True)["code"]) == (503, "too_busy")
         assert int(answer.headers["Retry-After"]) > 0
         assert submit(client).status_code == 202
+        assert form(client, init_image=file(PNG)).status_code == 202, "small ones, whose senders may dawdle, take none"
     finally:
         for _ in range(bodies.READS_AT_ONCE):
             bodies._turns.release()
-    assert form(client, init_image=file(PNG)).status_code == 202
+    assert form(client, init_image=file(large)).status_code == 202
+
+
+def test_a_form_without_its_request_and_a_foreign_kind_are_told_what_is_missing(client: FlaskClient) -> None:
+    answer = client.post("/api/submit", data={"init_image": file(PNG)}, content_type="multipart/form-data")
+    assert "JSON of prompt" in told(answer)["request"]
+    answer = client.post("/api/images", data=PNG, content_type="image/gif")
+    assert answer.status_code == 415
+    assert "image/png, image/jpeg, image/webp" in answer.get_json(force=True)["detail"]
 
 
 def test_the_description_shows_json_forms_and_pictures(client: FlaskClient) -> None:

@@ -219,3 +219,17 @@ def test_a_png_of_empty_chunks_costs_no_time() -> None:
     with pytest.raises(Unusable, match="more than 32768 chunks"):
         canonical(data[:33] + chunk * 1_700_000 + data[33:], 1 << 24)
     assert time.perf_counter() - began < 0.2
+
+
+def test_what_was_meant_as_a_handle_is_told_so() -> None:
+    for text in ("IMG_" + "a" * 32, "img_" + "a" * 32 + "\n", "img_x"):
+        with pytest.raises(Unusable, match="is no handle"):
+            from_text(text)
+
+
+def test_letters_that_base64_has_not_are_not_left_out_in_silence() -> None:
+    encoded = base64.b64encode(b"a picture").decode()
+    for text in (encoded[:4] + "*" + encoded[4:], encoded + "é"):
+        with pytest.raises(Unusable, match="base64"):
+            from_text(text)
+    assert from_text(" DATA:image/png;BASE64,\n" + encoded) == b"a picture"

@@ -98,6 +98,15 @@ def test_no_more_stay_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> 
     assert too_large.loaded == ("a",), "one that is alone is tried"
 
 
+def test_a_model_that_says_nothing_of_its_size_counts_by_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    device(monkeypatch)
+    residency = Residency(catalogue("a", "b"), device="cuda", memory_mb=150)
+    use(residency, "a", "b")
+    assert residency.loaded == ("b",), "100 MiB each, as was seen once the second was there"
+    use(residency, "a")
+    assert residency.loaded == ("a",)
+
+
 def test_out_of_memory_in_a_load_makes_room_and_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     world = device(monkeypatch, memory_mb=250)
     residency = Residency(catalogue("a", "b", "c"), device="cuda")
