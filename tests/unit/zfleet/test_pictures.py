@@ -18,7 +18,7 @@ def test_the_ending_is_the_format(name: str, expected: str | None) -> None:
 def test_targets() -> None:
     assert pictures.targets(Path("a/b.c.png"), 1) == [Path("a/b.c.png")]
     assert pictures.targets(Path("a/b.c.png"), 2) == [Path("a/b.c-1.png"), Path("a/b.c-2.png")]
-    for folder in (Path("."), Path(".."), Path("/")):
+    for folder in (Path(), Path(".."), Path("/")):
         with pytest.raises(pictures.CannotWrite, match="is a folder"):
             pictures.targets(folder, 2)
 
