@@ -150,8 +150,6 @@ def test_warming_up_leaves_no_trace(pipeline: BasePipeline) -> None:
 def test_warming_up_makes_a_picture_of_each_size(
     pipeline: BasePipeline, monkeypatch: pytest.MonkeyPatch, sizes: Sequence[tuple[int, int]]
 ) -> None:
-    if type(pipeline).warm is not BasePipeline.warm:
-        pytest.skip("it has nothing to warm")
     made: list[tuple[int, ...]] = []
     finish = pipeline.finish
 
@@ -162,7 +160,8 @@ def test_warming_up_makes_a_picture_of_each_size(
 
     monkeypatch.setattr(pipeline, "finish", recorded)
     pipeline.warm(sizes)
-    assert made == (list(sizes) or [(pipeline.spec.width, pipeline.spec.height)])
+    has_a_device = type(pipeline).warm is BasePipeline.warm
+    assert made == ((list(sizes) or [(pipeline.spec.width, pipeline.spec.height)]) if has_a_device else [])
 
 
 def test_memory_is_a_number_of_mebibytes(pipeline: BasePipeline) -> None:
