@@ -7,7 +7,8 @@
 -- ARGV: worker, gpu, token (new for each claim, the same when re-sent), room, lease_ms, retention_ms, bound_ms,
 --       busy (1|0: whether the worker holds tasks), number of models in memory, then model, most pixels ('' for no
 --       limit) … (those in memory first)
--- Returns {'suspended'|'ok', {model whose bell it rang …}, {id, fence, queue, queued_ms, deadline_in_ms, request, request_id, alone (1|0)} …}
+-- Returns {'suspended'|'ok', {model whose bell it rang …},
+--          {id, fence, queue, queued_ms, deadline_in_ms, request, request_id, alone (1|0)} …}
 local worker, gpu, token, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local lease_ms, retention_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local bound_ms, busy = tonumber(ARGV[7]), ARGV[8] == '1'

@@ -98,7 +98,7 @@ def test_a_lora_for_which_there_is_no_memory_leaves_nothing(pipeline: Pipeline, 
         torch.cuda.set_per_process_memory_fraction(1.0)
     gc.collect()
     assert torch.cuda.memory_allocated() == settled
-    assert pipeline._adapters.count == 0
+    assert len(pipeline._adapters._kept) == 0
     picture(pipeline, Lora(write_lora(tmp_path / "a.safetensors"), 1.0))
 
 

@@ -73,11 +73,6 @@ class Adapters:
         self._names = (f"file{number:08}" for number in itertools.count())
 
     @property
-    def count(self) -> int:
-        """How many are loaded."""
-        return len(self._kept)
-
-    @property
     def nbytes(self) -> int:
         """Bytes that they take on the device; any thread may ask."""
         return self._bytes

@@ -221,7 +221,7 @@ def test_the_least_recently_used_is_evicted(pipeline: Pipeline, tmp_path: Path) 
     picture(pipeline, one)
     picture(pipeline, three)
     assert loaded(pipeline) == {"1", "3"}
-    assert len(pipeline._parts.transformer.peft_config) == adapters.count == 2
+    assert len(pipeline._parts.transformer.peft_config) == len(adapters._kept) == 2
     np.testing.assert_array_equal(picture(pipeline, two), second)
     np.testing.assert_array_equal(picture(pipeline, one), first)
 
@@ -387,7 +387,7 @@ def test_a_lora_that_does_not_fit_fails_alone(
         pipeline.start(ask(Lora(tmp_path / "odd.safetensors", 1.0)))
     assert not caught.value.retryable
     assert not wrapped(pipeline)
-    assert pipeline._adapters.count == 0
+    assert len(pipeline._adapters._kept) == 0
     pipeline.step([other])
     np.testing.assert_array_equal(pipeline.decode(other).numpy(), before)
 
@@ -400,7 +400,7 @@ def test_a_bad_lora_beside_good_ones_leaves_those(pipeline: Pipeline, tmp_path: 
         with pytest.raises(LoraUnusable, match=f"LoRA {bad}.*cannot be read"):
             pipeline.start(ask(good, Lora(tmp_path / f"{bad}.safetensors", 1.0)))
     np.testing.assert_array_equal(picture(pipeline, good), expected)
-    assert pipeline._adapters.count == 1
+    assert len(pipeline._adapters._kept) == 1
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_a_header_that_makes_no_sense_is_refused(pipeline: Pipeline, tmp_path: P
     with pytest.raises(LoraUnusable, match="LoRA bad"):
         pipeline.start(ask(Lora(bad, 1.0)))
     np.testing.assert_array_equal(picture(pipeline, Lora(good, 1.0)), expected)
-    assert pipeline._adapters.count == 1
+    assert len(pipeline._adapters._kept) == 1
 
 
 @pytest.mark.parametrize("header", ["[]", "3", "{", '{"transformer.r": '])
