@@ -11,8 +11,9 @@ from collections import deque
 from datetime import UTC, datetime
 
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.records import Hold
-from common.schemas import ImageRef, StageTimings, WorkerCard
+from common.schemas import ImageRef, StageTimings
 from common.settings import load_settings
 
 ROOM = 64

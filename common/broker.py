@@ -18,11 +18,12 @@ import redis
 from pydantic import ValidationError
 
 from common import keys
+from common.cards import WorkerCard
 from common.connection import transient
 from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
 from common.fleetview import BELL_WAIT_S, FleetView
 from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed
-from common.schemas import ImageRef, StageTimings, TaskError, WorkerCard
+from common.schemas import ImageRef, StageTimings, TaskError
 
 NOTHING: Mapping[Hold, str] = {}
 NO_LIMIT: Mapping[str, int] = {}

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from common import keys, scripts
+from common.cards import QueueDepth, WorkerCard
 from common.connection import FOREVER, connect, exchange, messages, patiently, run_script
 from common.errors import RedisUnavailable
 from common.limits import Limits, by_model
 from common.promises import Promises
 from common.records import Event, queue_depth, task_record, task_summary, worker_card
-from common.schemas import QueueDepth, TaskRecord, TaskStatus, TaskSummary, WorkerCard
+from common.schemas import TaskRecord, TaskStatus, TaskSummary
 from common.settings import Settings
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from common.schemas import WorkerCard
+from common.cards import WorkerCard
 
 
 class Limits(NamedTuple):

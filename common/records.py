@@ -10,19 +10,18 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from common.cards import QueueDepth, WorkerCard
 from common.inputs import steps_done
 from common.schemas import (
     PRIORITIES,
     Attempt,
     ImageRef,
-    QueueDepth,
     ResolvedRequest,
     StageTimings,
     TaskError,
     TaskRecord,
     TaskStatus,
     TaskSummary,
-    WorkerCard,
 )
 
 Verdict = Literal["ok", "cancel", "lost"]

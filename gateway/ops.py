@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from flask import Response
 
 from common.broker import Broker
+from common.cards import Health, ModelView, QueueDepth, WorkerCard
 from common.errors import NoWorker, RedisUnavailable, StorageFull
 from common.models import SIZE_MULTIPLE, Catalogue, ModelSpec
-from common.schemas import Health, ModelView, QueueDepth, Wire, WorkerCard
+from common.schemas import Wire
 from gateway import problems
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.diskguard import DiskGuard

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.records import NewTask
-from common.schemas import ResolvedRequest, WorkerCard
+from common.schemas import ResolvedRequest
 from common.settings import Settings, load_settings
 from tests.servers import RedisServer
 

@@ -6,8 +6,9 @@ import secrets
 from collections.abc import Iterable
 
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.records import NewTask
-from common.schemas import TaskRecord, TaskStatus, WorkerCard
+from common.schemas import TaskRecord, TaskStatus
 from tests.conftest import resolved
 from tests.servers import eventually
 

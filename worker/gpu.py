@@ -10,8 +10,8 @@ from typing import Self, TypeVar
 
 import pynvml
 
+from common.cards import GpuReading
 from common.errors import ConfigurationError
-from common.schemas import GpuReading
 from common.settings import granted_gpus
 
 T = TypeVar("T")

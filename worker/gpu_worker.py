@@ -21,10 +21,11 @@ from rq.worker_registration import register
 
 from common import storage
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.connection import connect, patiently
 from common.errors import ConfigurationError, DeviceFailed, FleetError, RedisUnavailable
 from common.records import Claimed
-from common.schemas import PRIORITIES, WorkerCard
+from common.schemas import PRIORITIES
 from common.settings import Settings
 from common.storage.base import discard_attempt
 from common.telemetry import configure, get_logger

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.errors import RedisUnavailable
 from common.records import Hold
-from common.schemas import WorkerCard
 from common.telemetry import get_logger
 from worker.encoding import encode
 from worker.held import HeldTask

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.errors import ConfigurationError, RedisUnavailable
 from common.models import Catalogue
-from common.schemas import WorkerCard
 from common.settings import Settings, child_environment
 from common.storage import open_storage
 from common.telemetry import get_logger

@@ -17,20 +17,11 @@ from urllib.parse import quote, urljoin, urlsplit
 import requests
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from common.cards import Health, ModelView, QueueDepth, WorkerCard
 from common.errors import ClientError, ConfigurationError, FieldError
 from common.inputs import FIELDS
 from common.problem import Problem
-from common.schemas import (
-    Health,
-    InputImage,
-    ModelView,
-    QueueDepth,
-    SubmitAnswer,
-    TaskPage,
-    TaskStatus,
-    TaskView,
-    WorkerCard,
-)
+from common.schemas import InputImage, SubmitAnswer, TaskPage, TaskStatus, TaskView
 from zfleet import pictures
 
 M = TypeVar("M", bound=BaseModel)

@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from common.broker import Broker
-from common.schemas import WorkerCard
+from common.cards import WorkerCard
 from common.settings import Settings, load_settings
 from tests.faults.books import Ledger, Load, Report, audit
 from tests.fleet import ready_workers

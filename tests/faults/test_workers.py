@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.schemas import TaskStatus, WorkerCard
+from common.cards import WorkerCard
+from common.schemas import TaskStatus
 from tests.faults.books import Mix
 from tests.faults.conftest import NoteFn
 from tests.faults.rig import LEASE_S, LONG, Rig, frozen, within, workers_of

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.broker import Broker
-from common.schemas import TaskStatus, WorkerCard
+from common.cards import WorkerCard
+from common.schemas import TaskStatus
 from common.settings import Settings
 from tests.fleet import await_final, ready_workers, record, submit_many
 from tests.servers import RedisServer, WorkerServer

@@ -15,9 +15,10 @@ from rq.serializers import JSONSerializer
 
 from common import keys
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.errors import IdempotencyConflict, QueueFull
 from common.records import Claimed, Hold, NewTask
-from common.schemas import ImageRef, StageTimings, TaskError, TaskStatus, WorkerCard
+from common.schemas import ImageRef, StageTimings, TaskError, TaskStatus
 from common.settings import Settings
 from tests.conftest import SubmitFn, resolved
 from tests.servers import RedisServer

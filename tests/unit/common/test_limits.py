@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.limits import Limits, by_model
-from common.schemas import WorkerCard
 
 CardFn = Callable[[str], WorkerCard]
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from common.broker import Broker
+from common.cards import GpuReading, WorkerCard
 from common.records import Claimed, Hold
-from common.schemas import GpuReading, ImageRef, TaskError, WorkerCard
+from common.schemas import ImageRef, TaskError
 from common.storage.base import BaseStorage
 
 PICTURE = b"RIFF....WEBPVP8 not really a picture"

@@ -9,8 +9,8 @@ from flask.testing import FlaskClient
 from structlog.testing import capture_logs
 
 from common.broker import Broker
+from common.cards import Health
 from common.errors import StorageError, StorageFull
-from common.schemas import Health
 from common.settings import Settings
 from common.storage.base import BaseStorage
 from common.storage.local import Storage

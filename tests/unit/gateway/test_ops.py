@@ -4,7 +4,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from common.broker import Broker
-from common.schemas import GpuReading, Health, ModelView, QueueDepth, WorkerCard
+from common.cards import GpuReading, Health, ModelView, QueueDepth, WorkerCard
 from common.settings import Settings, load_settings
 from gateway import ops
 from gateway.app import create_app

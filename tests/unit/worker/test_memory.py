@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from common.cards import GpuReading
 from common.models import load_catalogue
-from common.schemas import GpuReading
 from common.settings import Settings
 from worker import gpu, memory
 from worker.vram import CUDA_CONTEXT

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from common.broker import Broker
+from common.cards import WorkerCard
 from common.errors import RedisUnavailable
-from common.schemas import WorkerCard
 from common.settings import Settings
 from tests.conftest import SubmitFn
 from tests.servers import eventually
