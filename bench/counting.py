@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from bench import stock_rq
 from bench.caller import Caller
 from bench.fleet import Fleet
-from common.fleetview import SCRIPTS
+from common.link import SCRIPTS
 
 NAMES = {sha: name for name, (_, sha) in SCRIPTS.items()}
 ASIDE = frozenset({"progress"})

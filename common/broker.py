@@ -1,4 +1,5 @@
-"""The task's life on Redis: submit, claim, beat, progress, finish, release, cancel and reap. Views are FleetView's.
+"""The task's life on Redis: submit, claim, beat, progress, finish, release, cancel and reap. Views are FleetView's,
+and API keys are Keyring's.
 
 Every transition is one Lua script of `lua/`: atomic, and safe to send twice. All methods raise RedisUnavailable when
 Redis stays away longer than the broker's patience.
@@ -21,7 +22,9 @@ from common import keys
 from common.cards import WorkerCard
 from common.connection import transient
 from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
-from common.fleetview import BELL_WAIT_S, FleetView
+from common.fleetview import FleetView
+from common.keyring import Keyring
+from common.link import BELL_WAIT_S
 from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed
 from common.schemas import ImageRef, StageTimings, TaskError
 
@@ -33,7 +36,7 @@ RECONCILE_GRACE_S = 5.0
 LONGEST_BOUND_S = 1e9  # a script cannot read infinity
 
 
-class Broker(FleetView):
+class Broker(FleetView, Keyring):
     """One process's way to Redis. Safe to share between threads and greenlets."""
 
     # The gateway's side
@@ -46,14 +49,27 @@ class Broker(FleetView):
         request = task.request
         queue = keys.queue_name(request.model, request.priority, task.tenant)
         idempotency = hashlib.sha256(task.idempotency_key.encode()).hexdigest() if task.idempotency_key else ""
-        cap = 0 if closed else self._settings.queue_cap
-        deadline_ms = math.ceil(request.deadline_s * 1000) if request.deadline_s else 0
+        record = {
+            "tenant": task.tenant,
+            "key": task.key_id,
+            "model": request.model,
+            "priority": request.priority,
+            "queue": queue,
+            "cost": task.cost,
+            "n": request.n,
+            "steps": request.steps,
+            "pixels": request.width * request.height,
+            "request_id": task.request_id,
+            "deadline_ms": math.ceil(request.deadline_s * 1000) if request.deadline_s else 0,
+            "idempotency": idempotency,
+            "body_hash": task.body_hash,
+            "webhook": ",".join(request.webhook.events) if request.webhook else "",
+        }
         job = json.dumps(["zfleet.task", None, [task.task_id], {}])
+        bounds = {"queue_cap": 0 if closed else self._settings.queue_cap}
         reply = self._run(
-            "submit", task.task_id, task.tenant, request.model, request.priority, queue, cap,
-            task.cost, self._retention_ms, deadline_ms, request.n, request.steps,
-            request.width * request.height, request.model_dump_json(),
-            task.request_id, job, idempotency, task.body_hash,
+            "submit", task.task_id, json.dumps(record), request.model_dump_json(), job, json.dumps(bounds),
+            self._retention_ms,
         )  # fmt: skip
         if reply[0] == "full":
             raise QueueFull(f"queue {queue} holds {reply[1]} tasks, its cap; try again later")
@@ -61,10 +77,12 @@ class Broker(FleetView):
             raise IdempotencyConflict(f"this Idempotency-Key already made task {reply[1]} from another body")
         return Submitted(reply[1], reply[0] == "created", reply[2], self._estimate(request.model, reply[2], reply[3]))
 
-    def cancel(self, task_id: str, tenant: str) -> Literal["canceled", "flagged", "final", "unknown"]:
-        """Cancel a task: a queued one is gone at once, a running one is flagged and stops at its next step."""
+    def cancel(self, task_id: str, tenant: str | None) -> Literal["canceled", "flagged", "final", "unknown"]:
+        """Cancel a task of this tenant (None: of any): a queued one is gone at once, a running one is flagged and stops
+        at its next step.
+        """
         outcome: Literal["canceled", "flagged", "final", "unknown"] = self._run(
-            "cancel", task_id, tenant, self._retention_ms, secrets.token_hex(8)
+            "cancel", task_id, tenant or "", self._retention_ms, secrets.token_hex(8)
         )
         return outcome
 

@@ -94,6 +94,47 @@ class IdempotencyConflict(FleetError):
     code = "idempotency_conflict"
 
 
+class Unauthenticated(FleetError):
+    """Raised when a call has no API key, or one that opens nothing: which of the two, and why, is not told."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(FleetError):
+    """Raised when an API key is good, but not for this call."""
+
+    code = "forbidden"
+
+
+class RateLimited(FleetError):
+    """Raised when a key submits faster than it may. `retry_after_s` is when the next submit would be let through."""
+
+    code = "rate_limited"
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaUsedUp(FleetError):
+    """Raised when as many tasks of a key stand in line as it may have there."""
+
+    code = "quota_used_up"
+    retryable = True
+
+
+class TooLate(FleetError):
+    """Raised when a task that is to be refused if late would end after its deadline."""
+
+    code = "too_late"
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, errors=[FieldError("deadline_s", message)])
+        self.retry_after_s = retry_after_s
+
+
 class QueueFull(FleetError):
     """Raised when a queue is at its cap; nothing was accepted."""
 

@@ -1,5 +1,5 @@
-"""Every Redis key, channel, queue name and time-to-live, each with its one writer. Only broker.py and fleetview.py,
-its part that looks, import this.
+"""Every Redis key, channel, queue name and time-to-live, each with its one writer. Only broker.py and its own parts
+(link, fleetview, keyring, outbox) import this.
 
 `rq:` keys are RQ's own formats, so that its tools show and steer this fleet; `zf:` keys are ours.
 """
@@ -23,6 +23,12 @@ TAGS = "zf:tags:"  # + model.priority: hash tenant -> virtual finish of its last
 CLAIM = "zf:claim:"  # + worker: its last claim, so that a re-sent one gives the same tasks   claim
 DEAD = "zf:dead:"  # + worker: there for a while after its runs were taken back   reap
 IDEMPOTENCY = "zf:idem:"  # + tenant:hash of the key: id and body hash      submit
+API_KEY = "zf:key:"  # + id: hash of the key, JSON, and what the claim reads of it    keyring
+API_KEYS = "zf:keys"  # set of ids: there as soon as a key was ever made    keyring
+SHARES = "zf:shares"  # hash tenant -> its share of the GPUs, where that is not 1    keyring
+SECRETS = "zf:secrets"  # hash purpose -> what all gateways sign with alike    keyring
+QUEUED_OF = "zf:queued:"  # + key id: its tasks that stand in line, a set    submit, requeue; claim and the ends remove
+RUNNING_OF = "zf:running:"  # + key id: its tasks on GPUs, a set    claim; what ends an attempt removes
 PACE = "zf:pace"  # hash model -> ms one task takes on one slot, smoothed      finish
 REAPED = "zf:reaped"  # when somebody last looked for leases that had run out, ms     reap
 REAP_GRACE = "zf:reaped:grace"  # there while no lease counts as run out    reap

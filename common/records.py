@@ -34,6 +34,7 @@ class NewTask:
     task_id: str
     tenant: str
     request: ResolvedRequest
+    key_id: str = ""  # of the API key that it came with
     request_id: str = ""
     idempotency_key: str = ""
     body_hash: str = ""

@@ -20,6 +20,7 @@ REFERENCES_MAX = 4  # pictures that an edit may look at
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")  # served in this order
 ImageFormat = Literal["webp", "png", "jpeg"]
+WebhookEvent = Literal["started", "ended"]
 Outcome = Literal["running", "succeeded", "failed", "canceled", "released", "crashed", "lost"]
 
 
@@ -70,6 +71,17 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 Picture = Annotated[str, StringConstraints(min_length=1, max_length=PICTURES_JSON_MAX_BYTES)]
 
 
+class Webhook(Wire):
+    """Where to tell of a task's changes, and of which."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    url: str = Field(min_length=1, max_length=2048, description="An https address that the whole world can reach.")
+    events: list[WebhookEvent] = Field(
+        default=["ended"], min_length=1, max_length=2, description="`ended`: its final state; `started`: each attempt."
+    )
+
+
 class GenerateRequest(Wire):
     """What a client asks for. Every field but the prompt may be left to the model's defaults."""
 
@@ -107,6 +119,10 @@ class GenerateRequest(Wire):
     priority: Priority = "normal"
     template: str | None = Field(default=None, max_length=64, description="A prompt template of /api/templates.")
     deadline_s: float | None = Field(default=None, gt=0, le=86_400, allow_inf_nan=False)
+    reject_if_late: bool = Field(
+        default=False, description="Whether to refuse it at once if the backlog lets it end after `deadline_s`."
+    )
+    webhook: Webhook | None = Field(default=None, description="An address that is told when the task has ended.")
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict, max_length=METADATA_MAX_ENTRIES, description="Yours; handed back with the status."
     )
@@ -151,6 +167,7 @@ class ResolvedRequest(Stored):
     priority: Priority
     template: str | None = None
     deadline_s: float | None = None
+    webhook: Webhook | None = None
     metadata: Mapping[str, str] = Field(default_factory=dict)
 
 

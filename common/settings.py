@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from common.errors import ConfigurationError
@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     url: str = Field("http://127.0.0.1:8080", description="where the CLI and the Python client find the gateway")
     host: str = Field("127.0.0.1", description="the gateway listens here")
     port: int = Field(8080, ge=0, le=65535)
+    api_key: SecretStr | None = Field(None, description="what the CLI and the Python client show the gateway")
+    insecure: bool = Field(False, description="while no API key was made, serve other machines too")
     data_dir: Path = Field(Path("~/.zfleet"), description="results and the embedded Redis")
     log_dir: Path | None = Field(None, description="JSON log files, rotated; stderr when unset")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -48,6 +50,9 @@ class Settings(BaseSettings):
     gateway_connections: int = Field(10_000, ge=1, description="open connections one gunicorn process holds")
     body_limit_bytes: int = Field(100 * 1024 * 1024, ge=1024)
     queue_cap: int = Field(10_000, ge=1, description="tasks one queue holds before submits are refused")
+    fleet_cap: int = Field(100_000, ge=1, description="tasks that all queues together hold")
+    ageing_s: float = Field(60.0, gt=0, description="a task that waited this long behind higher priorities gets a turn")
+    webhook_allow: Names = Field((), description="host or host:port that webhooks may reach by http, and inside too")
     retention_days: float = Field(7.0, gt=0, le=3650, description="results are kept this long")
     housekeeping_s: float = Field(1800.0, gt=0, description="results past their retention are removed this often")
     disk_pause_percent: float = Field(90.0, gt=0, le=100, description="no new tasks while the results' disk is as full")
@@ -95,7 +100,7 @@ class Settings(BaseSettings):
     simulated_image_ms: float = Field(320.0, gt=0, description="what one picture costs the simulated model")
     simulated_load_ms: float = Field(0.0, ge=0)
 
-    @field_validator("models", "dialects", "prewarm", "warm_sizes", mode="before")
+    @field_validator("models", "dialects", "prewarm", "warm_sizes", "webhook_allow", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -11,7 +11,7 @@ from common.errors import ConfigurationError
 from common.problem import Problem
 from common.settings import Settings
 from common.storage import open_storage
-from gateway import dialects, docs, images, inputs, ops, problems
+from gateway import admission, dialects, docs, images, inputs, ops, problems
 from gateway.api import Api
 from gateway.dialects.base import Gateway
 from gateway.diskguard import DiskGuard
@@ -43,6 +43,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     problems.install(app)
     catalogue = settings.catalogue()
     broker = broker or Broker(settings)
+    admission.install(app, admission.Doorkeeper(broker, settings))
     storage = open_storage(settings)
     disk = DiskGuard(storage, settings)
     pictures = inputs.Inputs(storage, disk, settings)

@@ -8,6 +8,7 @@ from importlib import resources
 from flask import Blueprint, Response
 from flask_openapi3.openapi import OpenAPI
 
+from gateway.admission import open_to
 from gateway.bodies import JSON
 
 ASSETS = str(resources.files("flask_openapi3_swagger") / "templates" / "swagger")
@@ -35,16 +36,19 @@ def install(app: OpenAPI) -> None:
     drawn: list[bytes] = []
 
     @pages.get("/openapi.json")
+    @open_to("public")
     def description() -> Response:
         if not drawn:
             drawn.append(json.dumps(app.api_doc, ensure_ascii=False, separators=(",", ":")).encode())
         return Response(drawn[0], content_type=JSON)
 
     @pages.get("/docs")
+    @open_to("public")
     def page() -> Response:
         return Response(PAGE, headers={"Content-Security-Policy": POLICY}, content_type="text/html; charset=utf-8")
 
     @pages.get("/docs/start.js")
+    @open_to("public")
     def start() -> Response:
         return Response(START, content_type="text/javascript; charset=utf-8")
 

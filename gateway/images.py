@@ -91,7 +91,7 @@ def create(tasks: Tasks, images: Images) -> Api:
     @api.get("/view/<task_id>/<name>", responses=described)
     def view(path: ImagePath) -> Response:
         """Fetch a picture. Its URL stands in the task's status; it never changes."""
-        record = tasks.find(path.task_id, tenant=admission.tenant())
+        record = tasks.find(path.task_id, admission.caller())
         return images.send(record, images.find(record, path.name))
 
     return api

@@ -9,10 +9,11 @@ from flask import Response
 
 from common.broker import Broker
 from common.cards import Health, ModelView, QueueDepth, WorkerCard
-from common.errors import NoWorker, RedisUnavailable, StorageFull
+from common.errors import Forbidden, NoWorker, RedisUnavailable, StorageFull
 from common.models import SIZE_MULTIPLE, Catalogue, ModelSpec
 from common.schemas import Wire
 from gateway import problems
+from gateway.admission import caller, open_to
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.diskguard import DiskGuard
 
@@ -60,10 +61,12 @@ def _add_lists(api: Api, broker: Broker, catalogue: Catalogue) -> None:
 
     @api.get("/api/queue", responses={"200": Queues, **away})
     def queue() -> Response:
-        """List the queues, each with its depth, its running tasks and the age of its oldest."""
-        return json_answer(Queues(queues=broker.queues()), headers=NO_STORE)
+        """List your queues (with the admin scope everybody's): depth, running tasks and the age of the oldest."""
+        mine = [queue for queue in broker.queues() if caller().may_see(queue.tenant)]
+        return json_answer(Queues(queues=mine), headers=NO_STORE)
 
-    @api.get("/api/workers", responses={"200": Workers, **away})
+    @api.get("/api/workers", responses={"200": Workers, **away, **problems.documented(Forbidden)})
+    @open_to("admin")
     def workers() -> Response:
         """List the live workers as they last described themselves."""
         return json_answer(Workers(workers=broker.workers()), headers=NO_STORE)
@@ -85,6 +88,7 @@ def _add_health(api: Api, broker: Broker, catalogue: Catalogue, disk: DiskGuard)
     unready = (RedisUnavailable, StorageFull, NoWorker)
 
     @api.get("/health", responses={"200": Health, str(unhealthy): Health})
+    @open_to("public")
     def health() -> Response:
         """Tell how the fleet is: 503 without Redis, else 200; `degraded` without a worker or without room for results.
 
@@ -96,6 +100,7 @@ def _add_health(api: Api, broker: Broker, catalogue: Catalogue, disk: DiskGuard)
         return json_answer(found, headers=NO_STORE)
 
     @api.get("/ready", responses={"200": Ready, **problems.documented(*unready)})
+    @open_to("public")
     def ready() -> Response:
         """Tell whether a task submitted now would be accepted and run: Redis, room for results, and a live worker."""
         broker.probe()

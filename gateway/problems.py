@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,16 +15,21 @@ from common import telemetry
 from common.errors import (
     AlreadyFinal,
     FleetError,
+    Forbidden,
     IdempotencyConflict,
     InvalidRequest,
     MalformedBody,
     NoWorker,
     QueueFull,
+    QuotaUsedUp,
+    RateLimited,
     RedisUnavailable,
     StorageError,
     StorageFull,
     TaskExpired,
     TooBusy,
+    TooLate,
+    Unauthenticated,
     UnknownImage,
     UnknownLora,
     UnknownModel,
@@ -61,7 +67,12 @@ KINDS: Mapping[str, Kind] = {
     TaskExpired.code: Kind(410, "Task expired"),
     AlreadyFinal.code: Kind(409, "Task is already final"),
     IdempotencyConflict.code: Kind(409, "Idempotency-Key reused"),
+    Unauthenticated.code: Kind(401, "API key needed"),
+    Forbidden.code: Kind(403, "Not for this key"),
     QueueFull.code: Kind(429, "Queue full", 5),
+    QuotaUsedUp.code: Kind(429, "Quota used up", 5),
+    RateLimited.code: Kind(429, "Rate limit", 1),
+    TooLate.code: Kind(503, "Too late", 5),
     RedisUnavailable.code: Kind(503, "Redis unavailable", 2),
     StorageError.code: Kind(503, "Storage unavailable", 5),
     StorageFull.code: Kind(503, "Storage full", 30),
@@ -145,7 +156,15 @@ def status_of(error: type[FleetError]) -> tuple[int, Mapping[str, str]]:
 
 def _foreseen(error: FleetError, kind: Kind) -> Answer:
     fields = [ProblemField(loc=loc, msg=msg) for loc, msg in error.errors]
-    return Answer(_problem(kind, error.code, error.message, fields), _retry_after(kind))
+    return Answer(_problem(kind, error.code, error.message, fields), _headers(error, kind))
+
+
+def _headers(error: FleetError, kind: Kind) -> Mapping[str, str]:
+    if isinstance(error, Unauthenticated):
+        return {"WWW-Authenticate": 'Bearer realm="zfleet"'}
+    if isinstance(error, RateLimited | TooLate):
+        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    return _retry_after(kind)
 
 
 def _retry_after(kind: Kind) -> Mapping[str, str]:

@@ -92,6 +92,7 @@ def resolve(
         quality=request.quality,
         priority=request.priority,
         deadline_s=request.deadline_s,
+        webhook=request.webhook,
         metadata=request.metadata,
     )
 

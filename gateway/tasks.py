@@ -26,6 +26,7 @@ from common.models import Catalogue
 from common.records import NewTask
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus, TaskSummary
 from gateway import submission
+from gateway.admission import Caller
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
 from gateway.waiting import Hub
@@ -61,8 +62,8 @@ class Tasks:
     def submit(
         self,
         request: GenerateRequest,
+        caller: Caller,
         *,
-        tenant: str,
         request_id: str = "",
         idempotency_key: str = "",
         files: Mapping[str, bytes] = MappingProxyType({}),
@@ -79,7 +80,8 @@ class Tasks:
             self._pictures.keep(pictures)
         task = NewTask(
             task_id=submission.new_task_id(),
-            tenant=tenant,
+            tenant=caller.tenant,
+            key_id=caller.key_id,
             request=resolved,
             request_id=request_id,
             idempotency_key=idempotency_key,
@@ -98,42 +100,42 @@ class Tasks:
             return Accepted(
                 task_id=done.task_id, status=TaskStatus.QUEUED, position=done.position, eta_seconds=done.eta_seconds
             )
-        record = self.find(done.task_id, tenant=tenant)
+        record = self.find(done.task_id, caller)
         return Accepted(
             task_id=record.task_id, status=record.status, position=record.position, eta_seconds=record.eta_seconds
         )
 
-    def find(self, task_id: str, *, tenant: str) -> TaskRecord:
+    def find(self, task_id: str, caller: Caller) -> TaskRecord:
         """Return a task; raises UnknownTask, and TaskExpired when its result is past its retention."""
         record = self._broker.view(task_id) if _TASK_ID.fullmatch(task_id) else None
-        if record is None or record.tenant != tenant:
+        if record is None or not caller.may_see(record.tenant):
             raise UnknownTask("no task has this id")
         if record.expires_at is not None and record.expires_at <= datetime.now(UTC):
             raise TaskExpired(f"the task's result was kept until {record.expires_at:%Y-%m-%dT%H:%M:%SZ}")
         return record
 
-    def wait(self, task_id: str, seconds: float, *, tenant: str) -> TaskRecord:
+    def wait(self, task_id: str, seconds: float, caller: Caller) -> TaskRecord:
         """Return the task as soon as it is final, and after so many seconds as it then is."""
         if seconds <= 0:
-            return self.find(task_id, tenant=tenant)
+            return self.find(task_id, caller)
         until = time.monotonic() + seconds
         with self._hub.listen(task_id) as listener:
-            record = self.find(task_id, tenant=tenant)
+            record = self.find(task_id, caller)
             while not record.status.final and not self._hub.closed and (left := until - time.monotonic()) > 0:
                 if listener.wait(min(left, self._hub.safety_net_s())) == "look" and not self._hub.closed:
                     listener.wait(min(max(0.0, until - time.monotonic()), self._hub.catch_up_s()))
                 with self._turn():
-                    record = self.find(task_id, tenant=tenant)
+                    record = self.find(task_id, caller)
         return record
 
-    def follow(self, task_id: str, *, tenant: str) -> Iterator[TaskRecord | Progress | None]:
+    def follow(self, task_id: str, caller: Caller) -> Iterator[TaskRecord | Progress | None]:
         """Yield the task now and at each change, its steps in between, and None in times of silence.
 
         A step brings a preview only where there is a newer one than this has yielded. Ends with the final task, or when
         this process stops. Raises UnknownTask and TaskExpired only at the start.
         """
         with self._hub.listen(task_id, every_step=True) as listener:
-            record = self.find(task_id, tenant=tenant)
+            record = self.find(task_id, caller)
             shown = record.preview
             yield record
             while not record.status.final and not self._hub.closed:
@@ -148,7 +150,7 @@ class Tasks:
                     listener.wait(self._hub.catch_up_s())
                 try:
                     with self._turn():
-                        seen = self.find(task_id, tenant=tenant)
+                        seen = self.find(task_id, caller)
                 except RedisUnavailable:
                     seen = record  # the stream outlives it: the next silence looks again
                 if (seen.status, seen.attempts) != (record.status, record.attempts):
@@ -163,16 +165,16 @@ class Tasks:
             return self._broker.preview(task_id)
         return None
 
-    def cancel(self, task_id: str, *, tenant: str) -> TaskRecord:
+    def cancel(self, task_id: str, caller: Caller) -> TaskRecord:
         """Cancel a task and return it as it then is; raises UnknownTask, TaskExpired, AlreadyFinal."""
-        outcome = self._broker.cancel(task_id, tenant) if _TASK_ID.fullmatch(task_id) else "unknown"
-        record = self.find(task_id, tenant=tenant)
+        outcome = self._broker.cancel(task_id, caller.reach) if _TASK_ID.fullmatch(task_id) else "unknown"
+        record = self.find(task_id, caller)
         if outcome == "final":
             raise AlreadyFinal(f"the task is {record.status} already, and stays so")
         return record
 
     def page(
-        self, *, tenant: str, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
+        self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
     ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
         """Return a tenant's tasks, newest first, and where the next page begins (None at the end)."""
         return self._broker.tasks(tenant, status=status, limit=limit, before=before)

@@ -1,4 +1,4 @@
--- Steps that several transitions share. fleetview.py puts the key table K in front of this file, and this file in front of
+-- Steps that several transitions share. link.py puts the key table K in front of this file, and this file in front of
 -- each script. A script runs atomically; it names its arguments on top and may be sent twice without harm.
 
 local function now_ms()

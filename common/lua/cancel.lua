@@ -1,9 +1,9 @@
 -- Cancels a task: gone at once while it is queued, flagged while it runs (its worker stops it at the next step).
--- ARGV: id, tenant, retention_ms, token (new for each cancel, the same when re-sent)
+-- ARGV: id, tenant ('' any), retention_ms, token (new for each cancel, the same when re-sent)
 -- Returns 'canceled' | 'flagged' | 'final' | 'unknown'
 local id = ARGV[1]
 local r = redis.call('HMGET', K.TASK .. id, 'status', 'tenant', 'queue', 'model', 'priority', 'cancel_token')
-if not r[1] or r[2] ~= ARGV[2] then return 'unknown' end
+if not r[1] or ARGV[2] ~= '' and r[2] ~= ARGV[2] then return 'unknown' end
 if r[1] == 'running' then
   redis.call('HSET', K.TASK .. id, 'cancel', 1)
   return 'flagged'

@@ -115,7 +115,7 @@ def _add_submit(api: Api, gateway: Gateway) -> None:
         """Submit a prompt. Answers at once; the pictures come later, under `status_url`."""
         accepted = gateway.tasks.submit(
             body,
-            tenant=admission.tenant(),
+            admission.caller(),
             request_id=requestlog.current_id(),
             idempotency_key=header.idempotency_key or "",
             files=form.files,
@@ -140,13 +140,13 @@ def _add_status(api: Api, gateway: Gateway) -> None:
     @api.get("/api/status/<task_id>", responses={"200": TaskView, **absent, **problems.documented(InvalidRequest)})
     def status(path: TaskPath, query: StatusQuery) -> Response:
         """Read a task. With `wait` the answer comes as soon as the task is final, or when the time is up."""
-        record = gateway.tasks.wait(path.task_id, query.wait, tenant=admission.tenant())
+        record = gateway.tasks.wait(path.task_id, query.wait, admission.caller())
         return json_answer(render(record), headers=NO_STORE)
 
     @api.post("/api/cancel/<task_id>", responses={"200": TaskView, **absent, **problems.documented(AlreadyFinal)})
     def cancel(path: TaskPath) -> Response:
         """Cancel a task. A queued one is gone at once; a running one stops at its next step."""
-        record = gateway.tasks.cancel(path.task_id, tenant=admission.tenant())
+        record = gateway.tasks.cancel(path.task_id, admission.caller())
         return json_answer(render(record), headers=NO_STORE)
 
 
@@ -156,7 +156,7 @@ def _add_list(api: Api, gateway: Gateway) -> None:
         """List your tasks, newest first."""
         before = parse_cursor(query.cursor) if query.cursor is not None else None
         found, then = gateway.tasks.page(
-            tenant=admission.tenant(), status=query.status, limit=query.limit, before=before
+            admission.caller().tenant, status=query.status, limit=query.limit, before=before
         )
         return json_answer(TaskPage(tasks=found, next_cursor=then and render_cursor(then)), headers=NO_STORE)
 
@@ -177,7 +177,7 @@ def _add_events(api: Api, gateway: Gateway) -> None:
         """Follow a task as server-sent events, until it is final."""
         if request.headers.get("Last-Event-ID") == ENDED:
             return Response(status=204)  # the one answer that keeps a browser's EventSource from reconnecting
-        stream = gateway.tasks.follow(path.task_id, tenant=admission.tenant())
+        stream = gateway.tasks.follow(path.task_id, admission.caller())
         first = next(stream)  # an error comes before the stream begins, as a problem
         headers = {"X-Accel-Buffering": "no", **NO_STORE}
         return Response(render_events(chain([first], stream)), headers=headers, mimetype="text/event-stream")

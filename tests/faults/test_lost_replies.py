@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from common.broker import Broker
-from common.fleetview import SCRIPTS
+from common.link import SCRIPTS
 from common.schemas import TaskStatus
 from common.settings import Settings
 from tests.faults.conftest import NoteFn

@@ -58,7 +58,7 @@ def lora(context: click.Context, parameter: click.Parameter, values: Sequence[st
 def request(command: F) -> F:
     """Add the prompt and the fields of a request; they reach the command by the names that the API has.
 
-    Left out are `metadata` and `template`, which are for programs, and `preview`, which is a file of `generate`'s.
+    Left out are `metadata`, `template` and `webhook`, which are for programs, and `preview`, a file of `generate`'s.
     """
     options: Sequence[Callable[[F], F]] = (
         click.argument("prompt", callback=readable),
@@ -92,6 +92,7 @@ def request(command: F) -> F:
         ),
         click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Its queue."),
         click.option("--deadline", "deadline_s", type=float, metavar="SECONDS", help="From now; it is given up then."),
+        click.option("--reject-if-late", is_flag=True, default=None, help="Refuse it now if it will be too late."),
         click.option("--format", type=click.Choice(["webp", "png", "jpeg"]), help="The picture's encoding."),
         click.option("--quality", type=click.IntRange(1, 100), help="For webp and jpeg."),
     )

@@ -15,15 +15,15 @@ def unfenced() -> None:
     """Let any worker end any run: `finish` looks at neither fence, worker nor state, no run is told that it is lost,
     and no worker drops a run of its own accord.
     """
-    from common import broker, fleetview
+    from common import broker, link
     from worker import engine
 
-    source, _ = fleetview.SCRIPTS["finish"]
+    source, _ = link.SCRIPTS["finish"]
     checks = "local now = now_ms()\nif ARGV[11] == 'again'"
     if checks not in source:
         raise SystemExit("finish.lua has changed: its checks are not where they are fooled")
     bare = source.replace(checks, "r[1], r[2], r[5] = 'running', fence, ARGV[10]\n" + checks)
-    fleetview.SCRIPTS["finish"] = (bare, hashlib.sha1(bare.encode(), usedforsecurity=False).hexdigest())
+    link.SCRIPTS["finish"] = (bare, hashlib.sha1(bare.encode(), usedforsecurity=False).hexdigest())
     honest_engine = engine.Engine.__init__
 
     def trusting(self: engine.Engine, **options: Any) -> None:

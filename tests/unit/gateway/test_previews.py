@@ -13,6 +13,7 @@ from flask.testing import FlaskClient
 from common.broker import Broker
 from common.records import Claimed, Hold
 from common.schemas import Progress, TaskRecord
+from gateway.admission import OPEN
 from gateway.app import TASKS
 from gateway.dialects import native
 from gateway.tasks import Tasks
@@ -67,7 +68,7 @@ def test_events_carry_each_once_and_only_where_it_was_asked_for(
     task_id = submit(client, preview=wanted)
     (task,) = worker.take()
     tasks: Tasks = client.application.extensions[TASKS]
-    stream = native.render_events(tasks.follow(task_id, tenant="default"))
+    stream = native.render_events(tasks.follow(task_id, OPEN))
     assert next(stream).startswith("event: status")
     heard: list[str] = []
     follower = threading.Thread(target=lambda: heard.extend(stream))
@@ -95,7 +96,7 @@ def test_a_stream_that_begins_later_has_the_newest_in_its_status(
     (task,) = worker.take()
     show(broker, task, 1)
     tasks: Tasks = client.application.extensions[TASKS]
-    stream = tasks.follow(task_id, tenant="default")
+    stream = tasks.follow(task_id, OPEN)
     first = next(stream)
     assert isinstance(first, TaskRecord) and first.preview == PREVIEW
     heard: list[Any] = []

@@ -12,6 +12,7 @@ from common.errors import AlreadyFinal, IdempotencyConflict, QueueFull, RedisUna
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus
 from common.settings import Settings
 from gateway import tasks as module
+from gateway.admission import OPEN, Caller
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
 from gateway.tasks import Tasks
@@ -29,7 +30,7 @@ def tasks(broker: Broker, settings: Settings, disk: DiskGuard, pictures: Inputs)
 
 
 def submit(tasks: Tasks, **options: str) -> str:
-    return tasks.submit(ASKED, tenant="default", **options).task_id
+    return tasks.submit(ASKED, OPEN, **options).task_id
 
 
 def later(delay_s: float, call: object) -> threading.Timer:
@@ -40,28 +41,28 @@ def later(delay_s: float, call: object) -> threading.Timer:
 
 
 def test_tasks_stand_in_line(tasks: Tasks) -> None:
-    first, second = (tasks.submit(ASKED, tenant="default") for _ in range(2))
+    first, second = (tasks.submit(ASKED, OPEN) for _ in range(2))
     assert (first.status, first.position, second.position) == ("queued", 0, 1)
     assert first.eta_seconds is None
-    assert tasks.find(second.task_id, tenant="default").position == 1
+    assert tasks.find(second.task_id, OPEN).position == 1
 
 
 def test_an_estimate_is_given_once_the_pace_is_known(tasks: Tasks, worker: FakeWorker) -> None:
     worker.beat()
     submit(tasks)
     worker.work()
-    assert tasks.submit(ASKED, tenant="default").eta_seconds == pytest.approx(0.04)
-    assert tasks.submit(ASKED, tenant="default").eta_seconds == pytest.approx(0.08)
+    assert tasks.submit(ASKED, OPEN).eta_seconds == pytest.approx(0.04)
+    assert tasks.submit(ASKED, OPEN).eta_seconds == pytest.approx(0.08)
 
 
 def test_the_same_key_and_body_are_one_task(tasks: Tasks, worker: FakeWorker) -> None:
     first = submit(tasks, idempotency_key="k")
     assert submit(tasks, idempotency_key="k") == first
     worker.work()
-    again = tasks.submit(ASKED, tenant="default", idempotency_key="k")
+    again = tasks.submit(ASKED, OPEN, idempotency_key="k")
     assert (again.task_id, again.status, again.position) == (first, "succeeded", None)
     with pytest.raises(IdempotencyConflict):
-        tasks.submit(GenerateRequest(prompt="another"), tenant="default", idempotency_key="k")
+        tasks.submit(GenerateRequest(prompt="another"), OPEN, idempotency_key="k")
     assert submit(tasks, idempotency_key="l") != first
 
 
@@ -76,10 +77,10 @@ def test_a_full_queue_refuses(broker: Broker, settings: Settings, disk: DiskGuar
 @pytest.mark.parametrize("task_id", ["", "x", "0" * 32, "../x", "a\x00b", "ä" * 32, "x" * 5000, "a b", "*"])
 def test_an_unknown_id_is_an_unknown_task(tasks: Tasks, task_id: str) -> None:
     for call in (
-        lambda: tasks.find(task_id, tenant="default"),
-        lambda: tasks.wait(task_id, 1, tenant="default"),
-        lambda: tasks.cancel(task_id, tenant="default"),
-        lambda: next(tasks.follow(task_id, tenant="default")),
+        lambda: tasks.find(task_id, OPEN),
+        lambda: tasks.wait(task_id, 1, OPEN),
+        lambda: tasks.cancel(task_id, OPEN),
+        lambda: next(tasks.follow(task_id, OPEN)),
     ):
         with pytest.raises(UnknownTask):
             call()
@@ -88,10 +89,10 @@ def test_an_unknown_id_is_an_unknown_task(tasks: Tasks, task_id: str) -> None:
 def test_another_tenants_task_is_unknown(tasks: Tasks) -> None:
     task_id = submit(tasks)
     with pytest.raises(UnknownTask):
-        tasks.find(task_id, tenant="other")
+        tasks.find(task_id, Caller(tenant="other"))
     with pytest.raises(UnknownTask):
-        tasks.cancel(task_id, tenant="other")
-    assert tasks.find(task_id, tenant="default").status is TaskStatus.QUEUED
+        tasks.cancel(task_id, Caller(tenant="other"))
+    assert tasks.find(task_id, OPEN).status is TaskStatus.QUEUED
 
 
 def test_a_result_past_its_retention_is_expired(
@@ -104,16 +105,16 @@ def test_a_result_past_its_retention_is_expired(
     gone = record.model_copy(update={"expires_at": datetime.now(UTC) - timedelta(seconds=1)})
     monkeypatch.setattr(broker, "view", lambda _id: gone)
     with pytest.raises(TaskExpired):
-        tasks.find(task_id, tenant="default")
+        tasks.find(task_id, OPEN)
     with pytest.raises(TaskExpired):
-        tasks.cancel(task_id, tenant="default")
+        tasks.cancel(task_id, OPEN)
 
 
 def test_waiting_ends_with_the_task(tasks: Tasks, worker: FakeWorker) -> None:
     task_id = submit(tasks)
     timer = later(0.3, worker.work)
     began = time.monotonic()
-    assert tasks.wait(task_id, 30, tenant="default").status is TaskStatus.SUCCEEDED
+    assert tasks.wait(task_id, 30, OPEN).status is TaskStatus.SUCCEEDED
     assert 0.25 < time.monotonic() - began < 2
     timer.join()
 
@@ -122,7 +123,7 @@ def test_waiting_for_a_final_task_answers_at_once(tasks: Tasks, worker: FakeWork
     task_id = submit(tasks)
     worker.work()
     began = time.monotonic()
-    assert tasks.wait(task_id, 30, tenant="default").status is TaskStatus.SUCCEEDED
+    assert tasks.wait(task_id, 30, OPEN).status is TaskStatus.SUCCEEDED
     assert time.monotonic() - began < 1
 
 
@@ -130,14 +131,14 @@ def test_when_the_time_is_up_the_task_is_told_as_it_then_is(tasks: Tasks, worker
     task_id = submit(tasks)
     timer = later(0.2, worker.take)
     began = time.monotonic()
-    assert tasks.wait(task_id, 0.6, tenant="default").status is TaskStatus.RUNNING
+    assert tasks.wait(task_id, 0.6, OPEN).status is TaskStatus.RUNNING
     assert 0.55 < time.monotonic() - began < 1.5
     timer.join()
 
 
 def test_no_wait_needs_no_subscription(tasks: Tasks) -> None:
     task_id = submit(tasks)
-    assert tasks.wait(task_id, 0, tenant="default").status is TaskStatus.QUEUED
+    assert tasks.wait(task_id, 0, OPEN).status is TaskStatus.QUEUED
     assert not tasks._hub._threads
 
 
@@ -156,7 +157,7 @@ def test_an_event_that_never_came_is_made_up_for(
     task_id = submit(tasks)
     timer = later(0.1, worker.work)
     began = time.monotonic()
-    assert tasks.wait(task_id, 30, tenant="default").status is TaskStatus.SUCCEEDED
+    assert tasks.wait(task_id, 30, OPEN).status is TaskStatus.SUCCEEDED
     assert time.monotonic() - began < 3
     timer.join()
 
@@ -166,14 +167,14 @@ def test_too_many_reads_at_once_are_told_rather_than_hung(tasks: Tasks, monkeypa
     monkeypatch.setattr(tasks, "_turns", threading.BoundedSemaphore(1))
     task_id = submit(tasks)
     with tasks._turn(), pytest.raises(RedisUnavailable):
-        tasks.wait(task_id, 0.1, tenant="default")
+        tasks.wait(task_id, 0.1, OPEN)
 
 
 def test_closing_answers_whoever_waits(tasks: Tasks) -> None:
     task_id = submit(tasks)
     timer = later(0.3, tasks.close)
     began = time.monotonic()
-    assert tasks.wait(task_id, 30, tenant="default").status is TaskStatus.QUEUED
+    assert tasks.wait(task_id, 30, OPEN).status is TaskStatus.QUEUED
     assert time.monotonic() - began < 2
     timer.join()
 
@@ -181,7 +182,7 @@ def test_closing_answers_whoever_waits(tasks: Tasks) -> None:
 def test_following_shows_each_change_and_step_and_ends(tasks: Tasks, worker: FakeWorker) -> None:
     task_id = submit(tasks)
     seen: list[TaskRecord | Progress | None] = []
-    follower = threading.Thread(target=lambda: seen.extend(tasks.follow(task_id, tenant="default")))
+    follower = threading.Thread(target=lambda: seen.extend(tasks.follow(task_id, OPEN)))
     follower.start()
     eventually(lambda: len(tasks._hub._threads) == 2)
     time.sleep(0.5)
@@ -202,14 +203,14 @@ def test_following_shows_each_change_and_step_and_ends(tasks: Tasks, worker: Fak
 def test_following_a_final_task_shows_it_and_ends(tasks: Tasks, worker: FakeWorker) -> None:
     task_id = submit(tasks)
     worker.work()
-    (only,) = tasks.follow(task_id, tenant="default")
+    (only,) = tasks.follow(task_id, OPEN)
     assert isinstance(only, TaskRecord) and only.status is TaskStatus.SUCCEEDED
 
 
 def test_a_follower_outlives_redis(tasks: Tasks, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENCE_S", 0.05)
     task_id = submit(tasks)
-    following = tasks.follow(task_id, tenant="default")
+    following = tasks.follow(task_id, OPEN)
     assert isinstance(next(following), TaskRecord)
 
     def away(_id: str) -> TaskRecord:
@@ -225,21 +226,21 @@ def test_a_follower_outlives_redis(tasks: Tasks, broker: Broker, monkeypatch: py
 
 def test_a_queued_task_is_canceled_at_once(tasks: Tasks) -> None:
     task_id = submit(tasks)
-    assert tasks.cancel(task_id, tenant="default").status is TaskStatus.CANCELED
+    assert tasks.cancel(task_id, OPEN).status is TaskStatus.CANCELED
     with pytest.raises(AlreadyFinal, match="canceled already"):
-        tasks.cancel(task_id, tenant="default")
+        tasks.cancel(task_id, OPEN)
 
 
 def test_a_running_task_is_flagged(tasks: Tasks, worker: FakeWorker) -> None:
     task_id = submit(tasks)
     worker.take()
-    record = tasks.cancel(task_id, tenant="default")
+    record = tasks.cancel(task_id, OPEN)
     assert (record.status, record.cancel_requested) == ("running", True)
 
 
 def test_pages_go_on_where_the_last_one_ended(tasks: Tasks) -> None:
     ids = [submit(tasks) for _ in range(5)]
-    first, then = tasks.page(tenant="default", status=None, limit=3, before=None)
-    rest, end = tasks.page(tenant="default", status=None, limit=3, before=then)
+    first, then = tasks.page("default", status=None, limit=3, before=None)
+    rest, end = tasks.page("default", status=None, limit=3, before=then)
     assert {one.task_id for one in first + rest} == set(ids)
     assert len(first) == 3 and end is None

@@ -162,7 +162,8 @@ def test_generate_starts_from_pictures_and_paints_with_loras() -> None:
 
 def test_every_field_of_a_request_has_an_option_but_those_for_programs() -> None:
     fields = set(GenerateRequest.model_fields)
-    for command, missing in ((tasks.submit, {"metadata", "template", "preview"}), (generate, {"metadata", "template"})):
+    for_programs = {"metadata", "template", "webhook"}
+    for command, missing in ((tasks.submit, for_programs | {"preview"}), (generate, for_programs)):
         assert fields - {option.name for option in command.params} == missing
 
 

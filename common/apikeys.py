@@ -1,0 +1,77 @@
+"""API keys: what a key is, what it allows, and how one is told from a forgery."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from datetime import UTC, datetime
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, StringConstraints
+
+from common.schemas import PRIORITIES, Priority, Stored
+
+OPEN_TENANT = "default"  # whose tasks are those of a fleet without keys
+SECRET_BYTES = 32
+
+Tenant = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9-]{0,31}\z")]  # a part of queue names
+Rate = Annotated[str, StringConstraints(pattern=r"\A[1-9][0-9]{0,5}/[smhd]\z")]  # submits a second, minute, hour, day
+
+_TOKEN = re.compile(r"zfk_([0-9a-f]{12})_([0-9a-f]{64})")
+
+
+class ApiKey(Stored):
+    """One key of a tenant, as Redis holds it: the secret itself is nowhere, only its SHA-256."""
+
+    key_id: str
+    tenant: Tenant
+    digest: str
+    admin: bool = False  # sees and steers the whole fleet, every tenant's tasks among it
+    priority_max: Priority = "high"
+    rate: Rate | None = None  # of submits
+    max_queued: Annotated[int, Field(ge=1)] | None = None  # tasks of this key that stand in line
+    max_running: Annotated[int, Field(ge=1)] | None = None  # tasks of this key on GPUs; others of it wait
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+
+    def works(self, now: datetime) -> bool:
+        """Return whether the key is neither revoked nor expired."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+    def allows(self, priority: Priority) -> bool:
+        """Return whether tasks of this priority may be submitted with it."""
+        return PRIORITIES.index(priority) >= PRIORITIES.index(self.priority_max)
+
+
+class Token(NamedTuple):
+    """What a client sends: zfk_<id>_<secret>, with 256 random bits in the secret."""
+
+    key_id: str
+    secret: str
+
+    def __str__(self) -> str:
+        return f"zfk_{self.key_id}_{self.secret}"
+
+    @property
+    def digest(self) -> str:
+        """What is stored of the secret."""
+        return hashlib.sha256(self.secret.encode()).hexdigest()
+
+    @classmethod
+    def new(cls) -> Token:
+        return cls(secrets.token_hex(6), secrets.token_hex(SECRET_BYTES))
+
+    @classmethod
+    def parse(cls, text: str) -> Token | None:
+        """Return the token that this text is, if it has the form of one."""
+        match = _TOKEN.fullmatch(text)
+        return cls(match[1], match[2]) if match else None
+
+
+def proves(token: Token, key: ApiKey | None) -> bool:
+    """Return whether the token is this key's, and the key works now. Takes as long whatever is wrong with it."""
+    known = hmac.compare_digest(token.digest, key.digest if key else "0" * 64)
+    return known and key is not None and key.works(datetime.now(UTC))
