@@ -29,6 +29,7 @@ class Keyring(Link):
             pipeline.execute()
 
         self._patiently(write)
+        self._run("unpark", key.key_id)
 
     def key(self, key_id: str) -> ApiKey | None:
         """Return a key by its id, revoked and expired ones too; None for an unknown one."""

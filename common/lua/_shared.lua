@@ -39,20 +39,30 @@ local function ring(model)
   end
 end
 
--- The tenant stands in line for its share: never before the virtual clock, so that idling earns no credit.
+-- The tenant stands in line for its share: never before the virtual clock, so that idling earns no credit. Returns whether it
+-- did not stand there.
 local function make_ready(model, priority, tenant)
   local line = model .. '.' .. priority
   local clock = tonumber(redis.call('HGET', K.CLOCK, line) or '0')
-  local tag = tonumber(redis.call('HGET', K.TAGS .. line, tenant) or '0')
-  redis.call('ZADD', K.READY .. line, 'NX', math.max(clock, tag), tenant)
+  local tag = tonumber(redis.call('ZSCORE', K.TAGS .. line, tenant) or '0')
+  return redis.call('ZADD', K.READY .. line, 'NX', math.max(clock, tag), tenant) == 1
 end
 
--- Ends the running attempt in the record, the started registry and the leases.
+-- A key may have room for another run: who waits for that stands in line again.
+local function unpark(key)
+  for _, queue in ipairs(redis.call('SMEMBERS', K.PARKED .. key)) do
+    local model, priority, tenant = string.match(queue, '^(.-)%.(.-)%.(.*)$')
+    if redis.call('EXISTS', K.RQ_QUEUE .. queue) == 1 and make_ready(model, priority, tenant) then ring(model) end
+  end
+  redis.call('DEL', K.PARKED .. key)
+end
+
+-- Ends the running attempt in the record, the started registry, the leases and the runs of its key.
 local function end_attempt(id, queue, fence, outcome, now)
   local field = 'attempt:' .. fence
-  local text = redis.call('HGET', K.TASK .. id, field)
-  if text then
-    local attempt = cjson.decode(text)
+  local r = redis.call('HMGET', K.TASK .. id, field, 'key')
+  if r[1] then
+    local attempt = cjson.decode(r[1])
     attempt.ended_at = now
     attempt.outcome = outcome
     redis.call('HSET', K.TASK .. id, field, cjson.encode(attempt))
@@ -60,6 +70,7 @@ local function end_attempt(id, queue, fence, outcome, now)
   redis.call('HDEL', K.TASK .. id, 'preview')
   redis.call('ZREM', K.RQ_STARTED .. queue, id .. ':' .. fence)
   redis.call('ZREM', K.LEASES, id)
+  if r[2] and redis.call('SREM', K.RUNNING_OF .. r[2], id) == 1 then unpark(r[2]) end
 end
 
 -- Puts a task that ran back to the head of its queue.
@@ -94,9 +105,14 @@ local function settle(id, queue, status, error, now, retention_ms)
   publish(id, status)
 end
 
+-- Takes a task out of its queue. What stood behind it may be of a key that has room.
 local function leave_queue(id, queue, model, priority, tenant)
   redis.call('LREM', K.RQ_QUEUE .. queue, 1, id)
-  if redis.call('LLEN', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. model .. '.' .. priority, tenant) end
+  if redis.call('EXISTS', K.RQ_QUEUE .. queue) == 0 then
+    redis.call('ZREM', K.READY .. model .. '.' .. priority, tenant)
+  elseif make_ready(model, priority, tenant) then
+    ring(model)
+  end
 end
 
 -- Ends a queued task that nobody began in time. The caller has taken it out of its queue.

@@ -1,4 +1,5 @@
--- Puts back every open task that stands in no queue and no lease, as after a lost tail of writes or `rq empty`.
+-- Puts back every open task that stands in no queue and no lease, as after a lost tail of writes or `rq empty`; has every
+-- tenant with a queue stand in line, and counts as running only what runs.
 -- ARGV: grace_ms (younger tasks are left alone), every_ms (nothing is done if it was done less long ago; 0: always),
 --       retention_ms
 -- Returns the ids put back
@@ -13,6 +14,12 @@ local function stands(id, queue)
   return standing[id]
 end
 
+for _, key in ipairs(redis.call('SMEMBERS', K.API_KEYS)) do
+  for _, id in ipairs(redis.call('SMEMBERS', K.RUNNING_OF .. key)) do
+    if redis.call('HGET', K.TASK .. id, 'status') ~= 'running' then redis.call('SREM', K.RUNNING_OF .. key, id) end
+  end
+end
+
 local back = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.OPEN, 0, now - ARGV[1])) do
   local r = redis.call('HMGET', K.TASK .. id, 'status', 'queue', 'model', 'priority', 'tenant', 'fence', 'cancel')
@@ -20,8 +27,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.OPEN, 0, now - ARGV[1])) do
     if not stands(id, r[2]) then
       requeue(id, r[3], r[4], r[5], r[2])
       back[#back + 1] = id
-    else
-      make_ready(r[3], r[4], r[5])
+    elseif make_ready(r[3], r[4], r[5]) then
+      ring(r[3])
     end
   elseif r[1] == 'running' then
     if not redis.call('ZSCORE', K.LEASES, id) then
