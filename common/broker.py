@@ -115,7 +115,8 @@ class Broker(FleetView, Keyring):
         order = there + [model for model in models if model not in there]
         reply = self._run(
             "claim", worker, gpu, token, room, lease_ms, self._retention_ms, min(bound_s, LONGEST_BOUND_S) * 1000,
-            self._settings.ageing_s * 1000, int(busy), len(there), *(part for model in order for part in (model, largest.get(model, ""))),
+            self._settings.ageing_s * 1000, int(busy), len(there),
+            *(part for model in order for part in (model, largest.get(model, ""))),
             give_up=give_up,
         )  # fmt: skip
         tasks = []

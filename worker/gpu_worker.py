@@ -17,7 +17,7 @@ import psutil
 from redis import Redis, RedisError
 from rq import SimpleWorker
 from rq.serializers import JSONSerializer
-from rq.worker_registration import register
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from common import storage
 from common.broker import Broker
@@ -276,7 +276,7 @@ class GpuWorker(SimpleWorker):
         """Let RQ's tools show this worker at a queue it did not know, as when a new tenant appears."""
         if queue not in self.queue_names():
             self.queues.append(self.queue_class(queue, connection=self.connection, serializer=self.serializer))
-            register(self)
+            self.connection.sadd(WORKERS_BY_QUEUE_KEY % queue, self.key)
 
     # The engine's and the committers' threads
 

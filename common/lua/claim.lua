@@ -137,7 +137,7 @@ local function look(model, priority)
       redis.call('ZREM', K.READY .. line, tenant)
       for _, api_key in ipairs(full) do redis.call('SADD', K.PARKED .. api_key, queue) end
     else
-      passed_over[#passed_over + 1] = {tenant = tenant, start = start}
+      passed_over[#passed_over + 1] = tenant
     end
   end
 end
@@ -193,6 +193,22 @@ local function in_step(turns)
   end
 end
 
+-- A tenant's tasks of several models go by age: the oldest of those with which it would start now.
+local function eldest(turn, turns)
+  local first = turn
+  for _, other in ipairs(turns) do
+    local start = other ~= turn and redis.call('ZSCORE', K.READY .. other.line, turn.tenant)
+    if start and start + other.lead == turn.at then
+      local queue = other.line .. '.' .. turn.tenant
+      local task = next_task(queue, most[other.model])
+      if task and task.created < first.task.created then
+        first = {model = other.model, line = other.line, tenant = turn.tenant, queue = queue, task = task, at = turn.at}
+      end
+    end
+  end
+  return first
+end
+
 -- The turn to serve next, of one for each model that has any; nil if all are left for later.
 local function choose(found)
   local best, turns = nil, {}
@@ -205,7 +221,7 @@ local function choose(found)
     end
   end
   in_step(turns)
-  return turns[1]
+  return turns[1] and eldest(turns[1], turns)
 end
 
 -- Counts in one line what its tenant was given in another or in this one, and moves the line's clock there. `turn` is whose
@@ -214,9 +230,8 @@ local function account(line, turn, served, charge)
   if not turn and redis.call('EXISTS', K.READY .. line) == 1 then return end -- all too large: other workers serve it
   local lead = turn and turn.lead or tonumber(redis.call('HGET', K.LEAD, line) or 0)
   local start = math.min(served.at - lead, turn and turn.start or math.huge)
-  for _, other in ipairs(turn and turn.passed_over or {}) do -- they keep their distances, and fall behind nobody
-    local behind = start - turn.passed_over[1].start
-    if behind > 0 then redis.call('ZADD', K.READY .. line, 'XX', other.start + behind, other.tenant) end
+  for i, tenant in ipairs(turn and turn.passed_over or {}) do -- they keep their order, and fall behind nobody
+    redis.call('ZADD', K.READY .. line, 'XX', 'GT', start + (i - 1) * QUANTUM, tenant)
   end
   redis.call('ZADD', K.TAGS .. line, 'GT', start + charge, served.tenant)
   redis.call('ZADD', K.READY .. line, 'XX', 'GT', start + charge, served.tenant)

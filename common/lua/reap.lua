@@ -55,6 +55,9 @@ if worker ~= '' then
   for queue in string.gmatch(queues or '', '[^,]+') do
     redis.call('SREM', K.RQ_WORKERS_OF .. queue, K.RQ_WORKER .. worker)
   end
+  for _, list in ipairs(redis.call('SMEMBERS', K.RQ_QUEUES)) do -- it may have learnt of tenants since it was registered
+    redis.call('SREM', K.RQ_WORKERS_OF .. string.sub(list, #K.RQ_QUEUE + 1), K.RQ_WORKER .. worker)
+  end
   redis.call('SREM', K.RQ_WORKERS, K.RQ_WORKER .. worker)
   redis.call('DEL', K.RQ_WORKER .. worker)
   redis.call('DEL', K.CARD .. worker, K.CLAIM .. worker)

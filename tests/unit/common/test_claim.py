@@ -11,6 +11,7 @@ import pytest
 from common import keys
 from common.broker import Broker
 from common.records import Hold
+from common.settings import Settings
 from tests.conftest import SubmitFn
 from tests.servers import RedisServer
 
@@ -267,3 +268,49 @@ def test_a_forged_job_holds_nothing_up(broker: Broker, submit: SubmitFn, redis_s
     pico = submit(model="pico")
     assert take(broker, 1, ["pico"]) == [pico]
     assert len(take(broker, 1, ["pico"])) == 1
+
+
+def test_a_lower_priority_has_a_turn_after_ten_of_higher_ones_once_it_is_old(
+    broker: Broker, submit: SubmitFn, age: Age, settings: Settings
+) -> None:
+    low = [submit(priority="low", model="pico") for _ in range(3)]
+    for _ in range(60):
+        submit(priority="high", model="pico")
+    young = [broker.claim("w1", "cpu", ["pico"], 1).tasks[0].task_id for _ in range(15)]
+    assert not set(young) & set(low), "it has not waited for long"
+    for task_id in low:
+        age(task_id, settings.ageing_s + 1)
+    then = [broker.claim("w1", "cpu", ["pico"], 1).tasks[0].task_id for _ in range(33)]
+    assert [then.index(task_id) for task_id in low] == [0, 11, 22]
+
+
+def test_all_lower_priorities_have_their_turns(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    """Even together, on a worker of several models, and in one claim of many."""
+    low, normal = submit(priority="low", model="turbo"), submit(priority="normal", model="base")
+    for task_id in (low, normal):
+        age(task_id, 1_000)
+    high = [submit(priority="high", model="pico") for _ in range(30)]
+    taken = take(broker, 32, MODELS)
+    assert taken[:12] == [*high[:10], normal, low]
+    assert taken[12:] == high[10:]
+
+
+def test_who_is_due_by_age_needs_a_worker_that_may_take_it(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    low = submit(priority="low", model="pico", **LARGE)
+    age(low, 1_000)
+    high = [submit(priority="high", model="pico") for _ in range(24)]
+    assert take_small(broker, 12) == high[:12], "it has no memory for it"
+    assert take(broker, 1, ["pico"]) == [low]
+    assert take(broker, 11, ["pico"]) == high[12:23]
+
+
+def test_a_lower_priority_that_is_served_has_no_turn_to_claim(broker: Broker, submit: SubmitFn, age: Age) -> None:
+    for _ in range(2):
+        age(submit(priority="low", model="pico"), 1_000)
+    for _ in range(9):
+        submit(priority="high", model="pico")
+    assert len(take(broker, 10, ["pico"])) == 10, "the last of them is low"
+    for _ in range(12):
+        submit(priority="high", model="pico")
+    queues = [task.queue for task in broker.claim("w1", "cpu", ["pico"], 12).tasks]
+    assert queues == ["pico.high.default"] * 10 + ["pico.low.default"] + ["pico.high.default"]
