@@ -588,3 +588,13 @@ def test_nothing_is_left_when_everything_is_final(broker: Broker, submit: Submit
         assert not client.exists(key), key
     for key in client.scan_iter("zf:task:*"):
         assert client.pttl(key) > 0
+
+
+def test_a_burial_takes_a_worker_from_every_queue_it_has_learnt_of(
+    broker: Broker, submit: SubmitFn, redis_server: RedisServer
+) -> None:
+    submit(tenant="later")
+    at = keys.RQ_WORKERS_OF + "simulated.normal.later"
+    redis_server.client.sadd(at, keys.RQ_WORKER + "w1", keys.RQ_WORKER + "w2")
+    broker.reap("w1")
+    assert redis_server.client.smembers(at) == {keys.RQ_WORKER + "w2"}
