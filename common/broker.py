@@ -21,11 +21,11 @@ from pydantic import ValidationError
 from common import keys
 from common.cards import WorkerCard
 from common.connection import transient
-from common.errors import IdempotencyConflict, QueueFull, RedisUnavailable
+from common.errors import RedisUnavailable
 from common.fleetview import FleetView
 from common.keyring import Keyring
 from common.link import BELL_WAIT_S
-from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed
+from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed, refusal, seconds
 from common.schemas import ImageRef, StageTimings, TaskError
 
 NOTHING: Mapping[Hold, str] = {}
@@ -42,9 +42,9 @@ class Broker(FleetView, Keyring):
     # The gateway's side
 
     def submit(self, task: NewTask, *, closed: bool = False) -> Submitted:
-        """Accept a task, once per id and per Idempotency-Key; raises QueueFull, IdempotencyConflict.
+        """Accept a task, once per id and per Idempotency-Key; what was accepted before is found, and never refused.
 
-        With `closed` nothing new is accepted, and only what was accepted before is found.
+        With `closed` nothing new is accepted. Raises QueueFull, QuotaUsedUp, TooLate, IdempotencyConflict.
         """
         request = task.request
         queue = keys.queue_name(request.model, request.priority, task.tenant)
@@ -66,16 +66,20 @@ class Broker(FleetView, Keyring):
             "webhook": ",".join(request.webhook.events) if request.webhook else "",
         }
         job = json.dumps(["zfleet.task", None, [task.task_id], {}])
-        bounds = {"queue_cap": 0 if closed else self._settings.queue_cap}
+        bounds = {
+            "queue_cap": 0 if closed else self._settings.queue_cap,
+            "fleet_cap": self._settings.fleet_cap,
+            "max_queued": task.max_queued,
+            "in_time": task.reject_if_late and bool(request.deadline_s),
+            "slots": self._slots(),
+        }
         reply = self._run(
             "submit", task.task_id, json.dumps(record), request.model_dump_json(), job, json.dumps(bounds),
             self._retention_ms,
         )  # fmt: skip
-        if reply[0] == "full":
-            raise QueueFull(f"queue {queue} holds {reply[1]} tasks, its cap; try again later")
-        if reply[0] == "conflict":
-            raise IdempotencyConflict(f"this Idempotency-Key already made task {reply[1]} from another body")
-        return Submitted(reply[1], reply[0] == "created", reply[2], self._estimate(request.model, reply[2], reply[3]))
+        if refused := refusal(reply, task, queue):
+            raise refused
+        return Submitted(reply[1], reply[0] == "created", reply[2], seconds(reply[3]))
 
     def cancel(self, task_id: str, tenant: str | None) -> Literal["canceled", "flagged", "final", "unknown"]:
         """Cancel a task of this tenant (None: of any): a queued one is gone at once, a running one is flagged and stops
@@ -169,14 +173,18 @@ class Broker(FleetView, Keyring):
         warnings: Sequence[str] = (),
         stages: StageTimings | None = None,
         busy_ms: float = 0.0,
+        picture_ms: float | None = None,
         give_up: Callable[[], bool] | None = None,
     ) -> Literal["ok", "already", "lost"]:
-        """End a run; the first writer wins. `lost`: another attempt has the task by now, and this result is void."""
+        """End a run; the first writer wins. `lost`: another attempt has the task by now, and this result is void.
+
+        `busy_ms` is how long it was at work, `picture_ms` how long one of its pictures took (None: all of that).
+        """
         outcome: Literal["ok", "already", "lost"] = self._run(
             "finish", *hold, status, json.dumps([image.model_dump() for image in images]),
             error.model_dump_json() if error else "", json.dumps(list(warnings), ensure_ascii=False),
             (stages or StageTimings()).model_dump_json(), f"{busy_ms:.3f}", self._retention_ms, worker,
-            give_up=give_up,
+            f"{busy_ms if picture_ms is None else picture_ms:.3f}", give_up=give_up,
         )  # fmt: skip
         return outcome
 

@@ -118,10 +118,16 @@ class RateLimited(FleetError):
 
 
 class QuotaUsedUp(FleetError):
-    """Raised when as many tasks of a key stand in line as it may have there."""
+    """Raised when as many tasks of a key stand in line as it may have there. `retry_after_s` is when the first of them
+    is likely to begin.
+    """
 
     code = "quota_used_up"
     retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class TooLate(FleetError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,10 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from common import keys
 from common.cards import QueueDepth, WorkerCard
 from common.connection import messages
-from common.errors import RedisUnavailable
 from common.limits import Limits, by_model
 from common.link import Link
-from common.records import Event, queue_depth, task_record, task_summary, worker_card
+from common.records import EtaErrors, Event, eta_errors, queue_depth, seconds, task_record, task_summary, worker_card
 from common.schemas import TaskRecord, TaskStatus, TaskSummary
 
 LIMITS_TTL_S = 2.0  # how long it is taken as known what the workers can do
@@ -27,12 +27,12 @@ class FleetView(Link):
 
     def view(self, task_id: str) -> TaskRecord | None:
         """Return a task's record, with its place in line while it is queued; None for an unknown id."""
-        reply = self._run("view", task_id, self._retention_ms)
+        reply = self._run("view", task_id, self._retention_ms, json.dumps(self._slots()))
         if not reply:
             return None
-        fields, position, pace = reply
+        fields, position, eta_ms = reply
         record = dict(zip(fields[::2], fields[1::2], strict=True))
-        return task_record(record, None if position < 0 else position, self._eta(record, position, pace))
+        return task_record(record, None if position < 0 else position, seconds(eta_ms))
 
     def preview(self, task_id: str) -> str | None:
         """Return what a running task is going to show, as base64 of a WebP file; None where nobody has told."""
@@ -123,9 +123,7 @@ class FleetView(Link):
 
     def limits(self, model: str) -> Limits:
         """Return what the live workers can do with this model, as of the last two seconds."""
-        if time.monotonic() >= self._limits_until:
-            self._limits_until = time.monotonic() + LIMITS_TTL_S
-            self._limits = by_model(self.workers())
+        self._look()
         return self._limits.get(model, Limits())
 
     def probe(self) -> None:
@@ -146,19 +144,19 @@ class FleetView(Link):
                 task_id, name, step, steps = text.split(" ")
                 yield Event(task_id, name, int(step), int(steps))
 
+    def eta_errors(self) -> dict[str, EtaErrors]:
+        """Return for each model how far off the estimates of its finished tasks were."""
+        found: dict[str, str] = self._patiently(lambda: self._redis.hgetall(keys.ETA_ERRORS))
+        return eta_errors(found)
+
     # Below the surface
 
-    def _eta(self, record: Mapping[str, str], position: int, pace: str) -> float | None:
-        if TaskStatus(record["status"]).final:
-            return None
-        remaining = 1 - int(record["step"]) / max(1, int(record["steps"]))
-        return self._estimate(record["model"], max(position, 0), pace, share=remaining if position < 0 else 1.0)
+    def _slots(self) -> Mapping[str, tuple[int, int]]:
+        """Return how many pictures advance together of each model that is served: in the fleet, and on one worker."""
+        self._look()
+        return {model: (found.capacity, found.batch) for model, found in self._limits.items() if found.capacity}
 
-    def _estimate(self, model: str, position: int, pace: str | None, share: float = 1.0) -> float | None:
-        try:
-            capacity = self.limits(model).capacity
-        except RedisUnavailable:  # an estimate is not worth failing what has just been done
-            return None
-        if not pace or not capacity:
-            return None
-        return round((position // capacity + share) * float(pace) / 1000, 3)
+    def _look(self) -> None:
+        if time.monotonic() >= self._limits_until:
+            self._limits_until = time.monotonic() + LIMITS_TTL_S
+            self._limits = by_model(self.workers())

@@ -32,7 +32,10 @@ SECRETS = "zf:secrets"  # hash purpose -> what all gateways sign with alike    k
 QUEUED_OF = "zf:queued:"  # + key id: its tasks that stand in line, a set    submit, requeue; claim and the ends remove
 RUNNING_OF = "zf:running:"  # + key id: its tasks on GPUs, a set    claim; what ends an attempt removes
 PARKED = "zf:parked:"  # + key id: queues that wait until one of its runs ends, a set   claim; what ends a run removes
-PACE = "zf:pace"  # hash model -> ms one task takes on one slot, smoothed      finish
+PACE = "zf:paces"  # hash: what finish.lua learns of how long a picture takes    finish
+BACKLOG = "zf:backlog"  # hash queue -> cost of what stands there, queue:n -> its pictures    as QUEUED_OF
+DUE = "zf:due:"  # + model: zset of pictures on GPUs -> when they are expected to be done, ms    as RUNNING_OF
+ETA_ERRORS = "zf:eta:errors"  # hash: how far estimates were off, a histogram for each model    finish
 REAPED = "zf:reaped"  # when somebody last looked for leases that had run out, ms     reap
 REAP_GRACE = "zf:reaped:grace"  # there while no lease counts as run out    reap
 RECONCILED = "zf:reconciled"  # there while the last reconciliation is fresh     reconcile
@@ -63,6 +66,7 @@ IDEMPOTENCY_TTL_S = 24 * 3600
 BELL_TTL_S = 3600
 TOMBSTONE_FACTOR = 2  # a record outlives its result by as long again, to answer "expired" rather than "unknown"
 PROBE_TTL_S = 60
+OVERDUE_S = 3600  # a run this long past its estimate is no longer counted as one
 
 
 def queue_name(model: str, priority: str, tenant: str) -> str:

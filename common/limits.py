@@ -14,6 +14,7 @@ class Limits(NamedTuple):
     capacity: int = 0  # runs that advance together
     max_pixels: int | None = None  # of the largest picture that some worker has memory for
     loras: frozenset[str] | None = None  # in some worker's folder
+    batch: int = 1  # runs that advance together on one worker, in the mean
 
 
 def by_model(cards: Iterable[WorkerCard]) -> dict[str, Limits]:
@@ -28,8 +29,10 @@ def by_model(cards: Iterable[WorkerCard]) -> dict[str, Limits]:
 def _limits(model: str, workers: list[WorkerCard]) -> Limits:
     pixels = [card.max_pixels[model] for card in workers if model in card.max_pixels]
     loras = [card.loras for card in workers if card.loras is not None]
+    taking = [card.capacity for card in workers if card.state != "draining"]
     return Limits(
-        capacity=sum(card.capacity for card in workers),
+        capacity=sum(taking),
         max_pixels=max(pixels) if len(pixels) == len(workers) else None,
         loras=frozenset().union(*loras) if len(loras) == len(workers) else None,
+        batch=max(1, sum(taking) // max(1, len(taking))),
     )

@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
 from common.cards import QueueDepth, WorkerCard
+from common.errors import FleetError, IdempotencyConflict, QueueFull, QuotaUsedUp, TooLate
 from common.inputs import steps_done
 from common.schemas import (
     PRIORITIES,
@@ -24,6 +26,8 @@ from common.schemas import (
     TaskSummary,
 )
 
+ETA_ERROR_BOUNDS = ("0.05", "0.1", "0.2", "0.3", "0.5", "1", "2", "+Inf")  # as finish.lua writes them
+
 Verdict = Literal["ok", "cancel", "lost"]
 
 
@@ -35,6 +39,8 @@ class NewTask:
     tenant: str
     request: ResolvedRequest
     key_id: str = ""  # of the API key that it came with
+    max_queued: int | None = None  # tasks of that key that may stand in line, this one among them
+    reject_if_late: bool = False  # refuse it if by the estimate it would end after its deadline_s
     request_id: str = ""
     idempotency_key: str = ""
     body_hash: str = ""
@@ -47,7 +53,7 @@ class NewTask:
 
 
 class Submitted(NamedTuple):
-    """What became of a submit: its id, whether this call made it, how many stand before it, seconds until done."""
+    """What became of a submit: its id, whether this call made it, how many start before it, seconds until done."""
 
     task_id: str
     created: bool
@@ -94,6 +100,13 @@ class Reaped(NamedTuple):
     outcome: Literal["requeued", "given_back", "quarantined", "canceled"]
     worker: str
     request_id: str
+
+
+class EtaErrors(NamedTuple):
+    """How far off a model's estimates were, |actual - estimated| / actual."""
+
+    buckets: Sequence[tuple[str, int]]  # bound, as "0.05" … "+Inf", and how many tasks were within it
+    sum: float  # of all errors
 
 
 class Event(NamedTuple):
@@ -186,3 +199,43 @@ def worker_card(text: str) -> WorkerCard | None:
         return WorkerCard.model_validate_json(text)
     except ValidationError:
         return None
+
+
+def refusal(reply: Sequence[Any], task: NewTask, queue: str) -> FleetError | None:
+    """Return why a submit was refused, by its reply; None when it was not."""
+    back = "come back after Retry-After seconds"
+    match reply:
+        case ["conflict", known]:
+            return IdempotencyConflict(f"this Idempotency-Key already made task {known} from another body")
+        case ["full", "queue", count]:
+            return QueueFull(f"queue {queue} holds {count} tasks, its cap; {back}, or have ZFLEET_QUEUE_CAP raised")
+        case ["full", _, count]:
+            return QueueFull(f"the fleet holds {count} tasks, its cap; {back}, or have ZFLEET_FLEET_CAP raised")
+        case ["quota", count, turn_ms]:
+            message = f"{count} tasks of this API key wait, of {task.max_queued} at most; {back}, or cancel one"
+            turn_s = seconds(turn_ms)
+            return QuotaUsedUp(message) if turn_s is None else QuotaUsedUp(message, turn_s)
+        case ["late", eta_ms]:
+            eta_s, deadline_s = eta_ms / 1000, task.request.deadline_s or 0.0
+            message = f"by the estimate the task would end in {eta_s:.1f} s, after its deadline_s of {deadline_s:g}"
+            return TooLate(f"{message}; give it more time, or {back}", eta_s - deadline_s)
+    return None
+
+
+def eta_errors(fields: Mapping[str, str]) -> dict[str, EtaErrors]:
+    """Return each model's histogram, from fields <model>:<bound> and <model>:sum."""
+    counts: dict[str, dict[str, int]] = {}
+    for field, value in fields.items():
+        model, _, bound = field.rpartition(":")
+        if bound != "sum":
+            counts.setdefault(model, {})[bound] = int(value)
+    found = {}
+    for model, own in counts.items():
+        totals = accumulate(own.get(bound, 0) for bound in ETA_ERROR_BOUNDS)
+        found[model] = EtaErrors(list(zip(ETA_ERROR_BOUNDS, totals, strict=True)), float(fields[f"{model}:sum"]))
+    return found
+
+
+def seconds(milliseconds: int | str) -> float | None:
+    """Return a script's estimate in seconds; '' is none."""
+    return None if milliseconds == "" else int(milliseconds) / 1000

@@ -269,7 +269,9 @@ class TaskView(Wire):
     status: TaskStatus
     model: str
     progress: Progress
-    position: int | None = Field(description="Tasks ahead of it while queued, else null.")
+    position: int | None = Field(
+        description="While queued the tasks that start before it if nothing new comes, else null."
+    )
     eta_seconds: float | None = Field(description="Estimated seconds to the picture; null when unknown or final.")
     attempts: Sequence[Attempt]
     images: Sequence[ImageView]

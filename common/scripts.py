@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from importlib import resources
 
+SHARED = ("_line.lua", "_shared.lua")  # in front of every transition, in this order
+
 
 def load(head: str) -> Mapping[str, tuple[str, str]]:
     """Return every transition's source, with `head` and the shared steps in front, and its SHA-1; by name."""
     folder = resources.files("common") / "lua"
-    head += (folder / "_shared.lua").read_text("utf-8")
+    head += "".join((folder / name).read_text("utf-8") for name in SHARED)
     scripts = {}
     for entry in folder.iterdir():
         name, _, suffix = entry.name.partition(".")

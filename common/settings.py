@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     gateway_connections: int = Field(10_000, ge=1, description="open connections one gunicorn process holds")
     body_limit_bytes: int = Field(100 * 1024 * 1024, ge=1024)
     queue_cap: int = Field(10_000, ge=1, description="tasks one queue holds before submits are refused")
-    fleet_cap: int = Field(100_000, ge=1, description="tasks that all queues together hold")
+    fleet_cap: int = Field(100_000, ge=1, description="tasks, queued or running, before submits are refused")
     ageing_s: float = Field(60.0, gt=0, description="a task that waited this long behind higher priorities gets a turn")
     webhook_allow: Names = Field((), description="host or host:port that webhooks may reach by http, and inside too")
     retention_days: float = Field(7.0, gt=0, le=3650, description="results are kept this long")

@@ -162,7 +162,7 @@ def _foreseen(error: FleetError, kind: Kind) -> Answer:
 def _headers(error: FleetError, kind: Kind) -> Mapping[str, str]:
     if isinstance(error, Unauthenticated):
         return {"WWW-Authenticate": 'Bearer realm="zfleet"'}
-    if isinstance(error, RateLimited | TooLate):
+    if isinstance(error, RateLimited | QuotaUsedUp | TooLate):
         return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
     return _retry_after(kind)
 

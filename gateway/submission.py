@@ -46,6 +46,8 @@ def check(request: GenerateRequest, catalogue: Catalogue) -> ModelSpec:
     elif request.seed is not None and request.seed + request.n - 1 > SEED_MAX:
         errors.append(FieldError("seed", f"must be from 0 to {SEED_MAX - request.n + 1} for {request.n} pictures"))
     errors += modes.errors(request, spec, catalogue)
+    if request.reject_if_late and request.deadline_s is None:
+        errors.append(FieldError("reject_if_late", "needs deadline_s, the seconds from now that the task has"))
     if inputs.steps_done(min(steps, spec.max_steps), modes.strength(request)) < 1:
         errors.append(FieldError("strength", f"leaves none of {steps} steps to do"))
     _refuse(errors)

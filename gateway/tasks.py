@@ -17,9 +17,11 @@ from common.errors import (
     AlreadyFinal,
     IdempotencyConflict,
     QueueFull,
+    QuotaUsedUp,
     RedisUnavailable,
     StorageFull,
     TaskExpired,
+    TooLate,
     UnknownTask,
 )
 from common.models import Catalogue
@@ -70,7 +72,8 @@ class Tasks:
     ) -> Accepted:
         """Accept a request; `files` are those of its pictures that stand in it under a name.
 
-        Raises InvalidRequest, UnknownModel, QueueFull, StorageFull, StorageError, IdempotencyConflict.
+        Raises InvalidRequest, UnknownModel, QueueFull, QuotaUsedUp, TooLate, StorageFull, StorageError,
+        IdempotencyConflict.
         """
         spec = submission.check(request, self._catalogue)
         pictures = self._pictures.look(inputs.named(request), files)
@@ -82,6 +85,8 @@ class Tasks:
             task_id=submission.new_task_id(),
             tenant=caller.tenant,
             key_id=caller.key_id,
+            max_queued=caller.key.max_queued if caller.key else None,
+            reject_if_late=request.reject_if_late,
             request=resolved,
             request_id=request_id,
             idempotency_key=idempotency_key,
@@ -89,7 +94,7 @@ class Tasks:
         )
         try:
             done = self._broker.submit(task, closed=bool(full))
-        except (QueueFull, IdempotencyConflict) as error:
+        except (QueueFull, QuotaUsedUp, TooLate, IdempotencyConflict) as error:
             self._pictures.drop(pictures)
             if full and isinstance(error, QueueFull):
                 raise StorageFull(full) from None

@@ -122,7 +122,8 @@ class Committer:
             error=task.error,
             warnings=task.warnings,
             stages=stages,
-            busy_ms=(task.busy_s - task.load_s) * 1000,  # what the next one may take
+            busy_ms=(task.busy_s - task.load_s) * 1000,
+            picture_ms=task.pictures_s * 1000 / task.claimed.request.n,  # what the next one may take
             give_up=self._abandoned,
         )
         if verdict == "lost":

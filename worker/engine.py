@@ -205,6 +205,8 @@ class Engine:
         for task in self._held:
             task.fuses = {index: stop_at + seconds for index, stop_at in task.fuses.items()}
             task.began = task.began and task.began + seconds
+        for picture in self._active:
+            picture.began += seconds
 
     def _has_memory(self, task: HeldTask, index: int) -> bool:
         """Whether there is memory for this picture beside those that are being made; with none of them it is tried."""
@@ -236,7 +238,7 @@ class Engine:
         task.encode_s += time.perf_counter() - began
         task.runs.append(run)
         task.warnings.extend(w for w in run.warnings if w not in task.warnings)
-        self._active.append(Picture(task, index, run))
+        self._active.append(Picture(task, index, run, began))
 
     def _drop_stopped(self) -> None:
         now = time.monotonic()
@@ -305,7 +307,9 @@ class Engine:
         except Exception as error:
             self._fail(task, error)
             return
-        task.decode_s += time.perf_counter() - began
+        now = time.perf_counter()
+        task.decode_s += now - began
+        task.pictures_s += now - picture.began
         task.fuses.pop(picture.index, None)
         self._drop([picture])
         if len(task.pixels) == task.claimed.request.n:
@@ -346,6 +350,7 @@ class Engine:
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not task)
         self._drop([picture for picture in self._active if picture.task is task])
         task.alone = True
+        task.pictures_s = 0.0
         task.fuses.clear()
         task.pixels.clear()
         task.runs.clear()

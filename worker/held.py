@@ -43,6 +43,7 @@ class HeldTask:
     load_s: float = 0.0  # that it waited for its model to be loaded
     encode_s: float = 0.0
     decode_s: float = 0.0
+    pictures_s: float = 0.0  # that its pictures were in the making, one after another or not, added up
     busy_s: float = 0.0  # from `began` to its outcome
 
     @property
@@ -105,6 +106,7 @@ class Picture:
     task: HeldTask
     index: int
     run: Run
+    began: float  # time.perf_counter
 
     @property
     def model(self) -> str:

@@ -1,5 +1,5 @@
--- Steps that several transitions share. link.py puts the key table K in front of this file, and this file in front of
--- each script. A script runs atomically; it names its arguments on top and may be sent twice without harm.
+-- Steps that several transitions share. link.py puts the key table K and _line.lua in front of this file, and this file in
+-- front of each script. A script runs atomically; it names its arguments on top and may be sent twice without harm.
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -71,12 +71,14 @@ local function end_attempt(id, queue, fence, outcome, now)
   redis.call('ZREM', K.RQ_STARTED .. queue, id .. ':' .. fence)
   redis.call('ZREM', K.LEASES, id)
   if r[2] and redis.call('SREM', K.RUNNING_OF .. r[2], id) == 1 then unpark(r[2]) end
+  over(id)
 end
 
 -- Puts a task that ran back to the head of its queue.
 local function requeue(id, model, priority, tenant, queue)
   redis.call('HSET', K.TASK .. id, 'status', 'queued', 'worker', '', 'step', 0)
   redis.call('HSET', K.RQ_JOB .. id, 'status', 'queued', 'worker_name', '')
+  enter(id, queue)
   redis.call('LPUSH', K.RQ_QUEUE .. queue, id)
   local deadline = tonumber(redis.call('HGET', K.TASK .. id, 'deadline_at') or '0')
   if deadline > 0 then redis.call('ZADD', K.DEADLINES, deadline, id) end
@@ -107,7 +109,7 @@ end
 
 -- Takes a task out of its queue. What stood behind it may be of a key that has room.
 local function leave_queue(id, queue, model, priority, tenant)
-  redis.call('LREM', K.RQ_QUEUE .. queue, 1, id)
+  leave(id, queue, redis.call('LREM', K.RQ_QUEUE .. queue, 1, id) > 0)
   if redis.call('EXISTS', K.RQ_QUEUE .. queue) == 0 then
     redis.call('ZREM', K.READY .. model .. '.' .. priority, tenant)
   elseif make_ready(model, priority, tenant) then

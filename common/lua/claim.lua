@@ -65,6 +65,7 @@ local function take(id, queue, api_key)
   redis.call('ZADD', K.LEASES, now + lease_ms, id)
   redis.call('ZREM', K.DEADLINES, id)
   if api_key ~= '' then redis.call('SADD', K.RUNNING_OF .. api_key, id) end
+  begin(id, room, now)
   -- +inf keeps RQ's own janitor off a run that our leases watch, while its counts stay right
   redis.call('ZADD', K.RQ_STARTED .. queue, '+inf', id .. ':' .. fence)
   redis.call('HSET', K.RQ_JOB .. id, 'status', 'started', 'started_at', iso(now), 'worker_name', worker)
@@ -84,7 +85,7 @@ end
 local function stands(id, queue, status, deadline)
   local late = status == 'queued' and deadline > 0 and deadline <= now
   if status == 'queued' and not late then return true end
-  redis.call('LREM', K.RQ_QUEUE .. queue, 1, id)
+  leave(id, queue, redis.call('LREM', K.RQ_QUEUE .. queue, 1, id) > 0)
   if not status then refuse(id, queue) end
   if late then expire(id, queue, now, retention_ms) end
   return false
@@ -261,7 +262,7 @@ local function serve(turn, found, priority)
   local share = tonumber(redis.call('HGET', K.SHARES, turn.tenant) or 1)
   local charge = math.max(1, math.ceil(task.cost / share / QUANTUM)) * QUANTUM
   for _, model in ipairs(models) do account(model .. '.' .. priority, found[model], turn, charge) end
-  redis.call('LREM', K.RQ_QUEUE .. queue, 1, task.id)
+  leave(task.id, queue, redis.call('LREM', K.RQ_QUEUE .. queue, 1, task.id) > 0)
   if redis.call('EXISTS', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. turn.line, turn.tenant) end
   pass(turn, priority)
   local fence = take(task.id, queue, task.key)

@@ -1,12 +1,41 @@
 -- Ends a run: succeeded, failed or canceled. The first writer wins: the fence must match and the state not be final.
 -- ARGV: id, fence, status, images (JSON), error (JSON or ''), warnings (JSON), stages (JSON), busy_ms, retention_ms, worker,
---       'again' for an end that was agreed to, and that Redis may have forgotten together with the claim before it
+--       picture_ms (that one of its pictures was in the making), 'again' for an end that was agreed to, and that Redis may
+--       have forgotten together with the claim before it
 -- Returns 'ok' | 'already' (sent twice) | 'lost' (another attempt has the task, or it is final)
+local LATELY, LATELY_OF_ALL = 5, 20 -- tasks that a mean looks back on; a model's has to see its whole mix of sizes
+local WITHIN = {0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, '+Inf'} -- bounds of the errors' histogram
+
+-- Keeps the pace of a size, ms for a unit of cost, and of the model: ms and cost of a picture, whatever its size.
+local function learn(model, pixels, cost, ms)
+  if ms <= 0 then return end
+  local function mean(field, new, lately)
+    local before = redis.call('HGET', K.PACE, model .. field) or new
+    redis.call('HSET', K.PACE, model .. field, before + (new - before) / lately)
+  end
+  local seen = redis.call('HINCRBY', K.PACE, model .. ':seen', 1)
+  mean(':' .. size_of(pixels), ms / cost, LATELY)
+  mean(':ms', ms, math.min(seen, LATELY_OF_ALL))
+  mean(':cost', cost, math.min(seen, LATELY_OF_ALL))
+end
+
+-- Counts how far off the estimate was that the submit was answered with, as a share of the time that it took.
+local function note_error(model, estimated, took)
+  local error = math.abs(took - estimated) / math.max(1, took)
+  for _, bound in ipairs(WITHIN) do
+    if bound == '+Inf' or error <= bound then
+      redis.call('HINCRBY', K.ETA_ERRORS, model .. ':' .. bound, 1)
+      break
+    end
+  end
+  redis.call('HINCRBYFLOAT', K.ETA_ERRORS, model .. ':sum', error)
+end
+
 local id, fence, status = ARGV[1], ARGV[2], ARGV[3]
 local r = redis.call('HMGET', K.TASK .. id, 'status', 'fence', 'queue', 'steps', 'worker', 'model', 'priority', 'tenant')
 local now = now_ms()
-if ARGV[11] == 'again' and r[1] == status and redis.call('HGET', K.TASK .. id, 'images') == ARGV[4] then return 'already' end
-if ARGV[11] == 'again' and (r[1] == 'queued' or r[1] == 'running' and (r[2] ~= fence or r[5] ~= ARGV[10])) then
+if ARGV[12] == 'again' and r[1] == status and redis.call('HGET', K.TASK .. id, 'images') == ARGV[4] then return 'already' end
+if ARGV[12] == 'again' and (r[1] == 'queued' or r[1] == 'running' and (r[2] ~= fence or r[5] ~= ARGV[10])) then
   -- clients may have seen that end: whoever stands in line for it, or runs it now, comes too late
   if r[1] == 'queued' then
     leave_queue(id, r[3], r[6], r[7], r[8])
@@ -26,8 +55,9 @@ end
 redis.call('HSET', K.TASK .. id, 'images', ARGV[4], 'warnings', ARGV[6], 'stages', ARGV[7])
 if status == 'succeeded' then
   redis.call('HSET', K.TASK .. id, 'step', r[4])
-  local busy, before = tonumber(ARGV[8]), redis.call('HGET', K.PACE, r[6])
-  redis.call('HSET', K.PACE, r[6], before and before + 0.2 * (busy - before) or busy)
+  local done = redis.call('HMGET', K.TASK .. id, 'pixels', 'cost', 'n', 'created_at', 'eta')
+  learn(r[6], done[1], done[2] / done[3], tonumber(ARGV[11]))
+  if done[5] then note_error(r[6], tonumber(done[5]), now - done[4]) end
 end
 end_attempt(id, r[3], fence, status, now)
 settle(id, r[3], status, ARGV[5], now, tonumber(ARGV[9]))
