@@ -27,6 +27,7 @@ from common.schemas import (
 )
 
 ETA_ERROR_BOUNDS = ("0.05", "0.1", "0.2", "0.3", "0.5", "1", "2", "+Inf")  # as finish.lua writes them
+COST_PARTS = 2**20  # of a unit; sums of such costs are exact in whatever order, so that equal turns stay equal
 
 Verdict = Literal["ok", "cancel", "lost"]
 
@@ -49,7 +50,8 @@ class NewTask:
     def cost(self) -> float:
         request = self.request
         steps = steps_done(request.steps, request.strength)
-        return request.width * request.height / 1e6 * steps * request.n
+        exact = request.width * request.height / 1e6 * steps * request.n
+        return max(1, round(exact * COST_PARTS)) / COST_PARTS
 
 
 class Submitted(NamedTuple):

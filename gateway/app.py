@@ -11,7 +11,7 @@ from common.errors import ConfigurationError
 from common.problem import Problem
 from common.settings import Settings
 from common.storage import open_storage
-from gateway import admission, dialects, docs, images, inputs, ops, problems
+from gateway import admission, dialects, docs, images, inputs, metrics, ops, problems
 from gateway.api import Api
 from gateway.dialects.base import Gateway
 from gateway.diskguard import DiskGuard
@@ -51,6 +51,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     gateway = Gateway(tasks=tasks, images=Images(storage, settings), catalogue=catalogue)
     app.extensions[TASKS] = gateway.tasks
     _register(app, ops.create(broker, catalogue, disk))
+    _register(app, metrics.create(broker))
     _register(app, images.create(gateway.tasks, gateway.images))
     _register(app, inputs.create(pictures))
     for name in settings.dialects:

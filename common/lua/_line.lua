@@ -103,15 +103,18 @@ local function earlier(queue, first, other, tenant, start)
   return math.max(0, math.min(queue.depth, tasks))
 end
 
--- Adds what starts before the task: of `found` (tenant, virtual start …), of which there are `total`; with no `start`
--- all that stands there.
+-- Adds what other tenants' tasks start before the task, of `found` (tenant, virtual start …), of which there are `total`;
+-- with no `start` all that stands there, whoever's it is.
 local function add(sum, line, found, total, own, start)
-  local tenants = {}
-  for i = 1, #found, 2 do tenants[#tenants + 1] = found[i] end
+  local tenants, firsts = {}, {}
+  for i = 1, #found, 2 do
+    if not start or found[i] ~= own.tenant then
+      tenants[#tenants + 1], firsts[#firsts + 1] = found[i], found[i + 1]
+    end
+  end
   local more = #tenants > 0 and total / #tenants or 1
   for i, queue in ipairs(queues_of(line, tenants, own)) do
-    local tasks = queue.depth
-    if start then tasks = tenants[i] == own.tenant and 0 or earlier(queue, found[2 * i], tenants[i], own.tenant, start) end
+    local tasks = start and earlier(queue, firsts[i], tenants[i], own.tenant, start) or queue.depth
     sum.tasks = sum.tasks + more * tasks
     sum.pictures = sum.pictures + more * tasks * queue.pictures
     sum.cost = sum.cost + more * tasks * queue.cost
@@ -129,13 +132,13 @@ local function ahead(own, index)
     local ready = K.READY .. line
     if priority == own.priority then
       local mine = queues_of(line, {own.tenant}, own)[1]
-      local first = redis.call('ZSCORE', ready, own.tenant) or math.max(
-        redis.call('HGET', K.CLOCK, line) or 0, redis.call('HGET', K.TAGS .. line, own.tenant) or 0)
-      local start = first + index * mine.cost / mine.share
+      local ready_at = redis.call('ZSCORE', ready, own.tenant)
+      local start = index * mine.cost / mine.share + (ready_at or math.max(
+        redis.call('HGET', K.CLOCK, line) or 0, redis.call('HGET', K.TAGS .. line, own.tenant) or 0))
       local last = start + TIE * own.cost
       local found = redis.call('ZRANGEBYSCORE', ready, '-inf', last, 'WITHSCORES', 'LIMIT', 0, LOOKED_AT)
       local total = #found < 2 * LOOKED_AT and #found / 2 or redis.call('ZCOUNT', ready, '-inf', last)
-      add(sum, line, found, total, own, start)
+      add(sum, line, found, total - (ready_at and 1 or 0), own, start)
       sum.tasks = math.floor(sum.tasks + 0.5) + index
       sum.pictures = sum.pictures + index * mine.pictures
       sum.cost = sum.cost + index * mine.cost
@@ -155,14 +158,13 @@ local function run_ms(own, slots)
   return each and math.ceil(own.n / slots[2]) * each
 end
 
--- Milliseconds until the last of a task's pictures begins, with `sum` before it; nil unknown. Slots free up in the order
--- in which what runs is due, round after round; all slots of one worker, which a task is bound to, free up at about the
--- rate of the whole fleet's, each worker one in its turn.
+-- Milliseconds until the last of a task's pictures begins (of those that one worker has slots for), with `sum` before it;
+-- nil unknown. Each picture takes a slot. These free up in the order in which what runs is due, round after round.
 local function wait_ms(own, sum, slots, now)
   local r = redis.call('HMGET', K.PACE, own.model .. ':ms', own.model .. ':cost')
   if not slots or not r[1] then return nil end
   local capacity = slots[1]
-  local turn = math.floor(sum.pictures + 0.5) + math.floor((math.min(own.n, slots[2]) - 1) * capacity / slots[2])
+  local turn = math.floor(sum.pictures + 0.5) + math.min(own.n, slots[2]) - 1
   local rounds = math.floor(turn / capacity)
   local wait = 0
   if rounds > 0 then wait = rounds * sum.cost / sum.pictures * r[1] / r[2] end

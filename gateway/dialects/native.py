@@ -16,15 +16,20 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from common.errors import (
     AlreadyFinal,
+    Forbidden,
     IdempotencyConflict,
     InvalidRequest,
     MalformedBody,
     QueueFull,
+    QuotaUsedUp,
+    RateLimited,
     RedisUnavailable,
     StorageError,
     StorageFull,
     TaskExpired,
     TooBusy,
+    TooLate,
+    Unauthenticated,
     UnknownTask,
     UnsupportedMediaType,
 )
@@ -106,8 +111,8 @@ def create(gateway: Gateway) -> Api:
 
 def _add_submit(api: Api, gateway: Gateway) -> None:
     refusals = (
-        InvalidRequest, MalformedBody, UnsupportedMediaType, IdempotencyConflict, QueueFull, RedisUnavailable,
-        StorageFull, StorageError, TooBusy,
+        Unauthenticated, Forbidden, InvalidRequest, MalformedBody, UnsupportedMediaType, IdempotencyConflict, QueueFull,
+        QuotaUsedUp, RateLimited, RedisUnavailable, StorageFull, StorageError, TooBusy, TooLate,
     )  # fmt: skip
 
     @api.post("/api/submit", responses={"202": SubmitAnswer, **problems.documented(*refusals)})
@@ -135,7 +140,7 @@ def _add_submit(api: Api, gateway: Gateway) -> None:
 
 
 def _add_status(api: Api, gateway: Gateway) -> None:
-    absent = problems.documented(UnknownTask, TaskExpired, RedisUnavailable)
+    absent = problems.documented(Unauthenticated, UnknownTask, TaskExpired, RedisUnavailable)
 
     @api.get("/api/status/<task_id>", responses={"200": TaskView, **absent, **problems.documented(InvalidRequest)})
     def status(path: TaskPath, query: StatusQuery) -> Response:

@@ -27,7 +27,8 @@ CATCH_UP_S = 0.1  # a sleep that overshot by more was no slow timer but a stoppe
 
 
 class Pipeline(BasePipeline):
-    """One step of a batch takes `image_ms / steps` of whichever run has the longest steps.
+    """One step of a batch takes `image_ms / steps` of whichever run has the longest steps, `image_ms` being that option
+    and `megapixel_ms` for each megapixel.
 
     Steps follow an absolute schedule while the caller keeps up, so that late timers do not add up over a test.
     """
@@ -53,10 +54,9 @@ class Pipeline(BasePipeline):
             return
         if self.spec.options.get("faults"):
             self._go_wrong(runs)
-        image_s = self._option("image_ms", DEFAULT_IMAGE_MS) / 1000
         now = time.monotonic()
         begins = max(self._ends, now - CATCH_UP_S) if now - self._woke <= IN_TIME_S else now
-        self._ends = begins + max(image_s / run.request.steps for run in runs)
+        self._ends = begins + max(self._image_s(run.request) / run.request.steps for run in runs)
         time.sleep(max(0.0, self._ends - now))
         self._woke = time.monotonic()
         for run in runs:
@@ -86,6 +86,11 @@ class Pipeline(BasePipeline):
                 raise DeviceFailed("the simulated device has failed")
             if "[leak]" in prompt:
                 self._leaked += os.urandom(1 << 20) * LEAK_MB
+
+    def _image_s(self, request: ImageRequest) -> float:
+        megapixels = request.width * request.height / 1e6
+        by_size_ms = self._option("megapixel_ms", 0.0) * megapixels
+        return (self._option("image_ms", DEFAULT_IMAGE_MS) + by_size_ms) / 1000
 
     def _option(self, name: str, default: float) -> float:
         return float(self.spec.options.get(name, default))

@@ -584,6 +584,8 @@ def test_nothing_is_left_when_everything_is_final(broker: Broker, submit: Submit
         keys.RQ_STARTED + QUEUE,
         keys.RQ_QUEUE + QUEUE,
         f"{keys.READY}simulated.normal",
+        keys.BACKLOG,
+        keys.DUE + "simulated",
     ):
         assert not client.exists(key), key
     for key in client.scan_iter("zf:task:*"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import signal
 import threading
@@ -161,6 +162,21 @@ def test_an_accepted_task_comes_back_into_a_queue_that_is_full_by_now(
         accepted = submit(broker, 2)
     others = submit(open_broker(queue_cap=2), 2)
     assert [status(broker, task_id) for task_id in accepted + others] == [TaskStatus.QUEUED] * 4
+
+
+def test_an_accepted_task_comes_back_whatever_its_key_has_in_line_by_now_and_however_late_it_would_be(
+    open_broker: Callable[..., Broker], server: RedisServer
+) -> None:
+    def limited(deadline_s: float = 60.0) -> NewTask:
+        task = new_task(deadline_s=deadline_s)
+        return dataclasses.replace(task, key_id="0123456789ab", max_queued=1, reject_if_late=True)
+
+    broker = open_broker()
+    with forgotten(server):
+        mine = broker.submit(limited()).task_id
+    other = open_broker().submit(limited()).task_id  # before this process was able to tell
+    assert status(broker, mine) is TaskStatus.QUEUED
+    assert server.client.smembers("zf:queued:0123456789ab") == {mine, other}
 
 
 def test_an_idempotency_key_keeps_its_task(open_broker: Callable[..., Broker], server: RedisServer) -> None:

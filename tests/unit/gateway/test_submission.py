@@ -54,6 +54,13 @@ def test_a_side_is_a_multiple_of_16_within_the_models_limits(catalogue: Catalogu
     assert refused(catalogue, height=side) == {"height": expected}
 
 
+def test_being_late_needs_a_deadline(catalogue: Catalogue) -> None:
+    assert refused(catalogue, reject_if_late=True) == {
+        "reject_if_late": "needs deadline_s, the seconds from now that the task has"
+    }
+    assert resolve(asked(reject_if_late=True, deadline_s=9.0), catalogue).deadline_s == 9.0
+
+
 def test_all_that_is_wrong_is_told_at_once(catalogue: Catalogue) -> None:
     errors = refused(catalogue, width=1, height=2, steps=99, n=9, template="x")
     assert list(errors) == ["template", "width", "height", "steps", "n"]

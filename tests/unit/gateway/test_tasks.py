@@ -7,8 +7,18 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from common.apikeys import ApiKey
 from common.broker import Broker
-from common.errors import AlreadyFinal, IdempotencyConflict, QueueFull, RedisUnavailable, TaskExpired, UnknownTask
+from common.errors import (
+    AlreadyFinal,
+    IdempotencyConflict,
+    QueueFull,
+    QuotaUsedUp,
+    RedisUnavailable,
+    TaskExpired,
+    TooLate,
+    UnknownTask,
+)
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus
 from common.settings import Settings
 from gateway import tasks as module
@@ -72,6 +82,29 @@ def test_a_full_queue_refuses(broker: Broker, settings: Settings, disk: DiskGuar
     with pytest.raises(QueueFull):
         submit(full)
     assert broker.pending() == 1
+
+
+def test_a_keys_quota_refuses(tasks: Tasks) -> None:
+    key = ApiKey(key_id="0123456789ab", tenant="acme", digest="", max_queued=1, created_at=datetime.now(UTC))
+    caller = Caller(tenant="acme", key=key)
+    first = tasks.submit(ASKED, caller, idempotency_key="k")
+    assert tasks.submit(ASKED, caller, idempotency_key="k").task_id == first.task_id
+    with pytest.raises(QuotaUsedUp):
+        tasks.submit(ASKED, caller)
+    assert tasks.submit(ASKED, OPEN).position == 1
+    tasks.cancel(first.task_id, caller)
+    assert tasks.submit(ASKED, caller).status is TaskStatus.QUEUED
+
+
+def test_what_would_be_late_is_refused_if_asked_for(tasks: Tasks, worker: FakeWorker) -> None:
+    worker.beat()
+    submit(tasks)
+    worker.work()
+    strict = ASKED.model_copy(update={"deadline_s": 0.03, "reject_if_late": True})
+    with pytest.raises(TooLate) as refused:
+        tasks.submit(strict, OPEN)
+    assert refused.value.retry_after_s == pytest.approx(0.01)
+    assert tasks.submit(strict.model_copy(update={"deadline_s": 0.05}), OPEN).eta_seconds == pytest.approx(0.04)
 
 
 @pytest.mark.parametrize("task_id", ["", "x", "0" * 32, "../x", "a\x00b", "ä" * 32, "x" * 5000, "a b", "*"])
