@@ -4,7 +4,8 @@
 
 local LINES = {'high', 'normal', 'low'}
 local LOOKED_AT = 64 -- tenants of a line; where there are more, they are taken to be like these on average
-local TIE = 1e-6 -- of a task's cost: virtual starts this close are equal, and were only added up in another order
+local QUANTUM = 2 ^ -20 -- of virtual time: sums of its multiples are exact, so that equal starts compare as equal
+local ROUNDED = 1e-3 -- of a quantum, which a mean may be above what it stands for
 
 -- The books
 
@@ -95,11 +96,15 @@ local function queues_of(line, tenants, own)
   return queues
 end
 
--- How many tasks of a queue whose first has the virtual start `first` start before the one of `tenant` at `start`. A
--- task's virtual start is its predecessor's and that one's cost over the share (start-time fair queueing).
+-- How much later in virtual time than a task of this cost its tenant's next one starts (start-time fair queueing).
+local function charge(cost, share)
+  return math.max(1, math.ceil(cost / share / QUANTUM - ROUNDED)) * QUANTUM
+end
+
+-- How many tasks of a queue whose first has the virtual start `first` start before the one of `tenant` at `start`.
 local function earlier(queue, first, other, tenant, start)
-  local gap = (start - first) * queue.share / queue.cost
-  local tasks = precedes(other, tenant) and math.floor(gap + TIE) + 1 or math.ceil(gap - TIE)
+  local gap = (start - first) / charge(queue.cost, queue.share)
+  local tasks = precedes(other, tenant) and math.floor(gap) + 1 or math.ceil(gap)
   return math.max(0, math.min(queue.depth, tasks))
 end
 
@@ -133,11 +138,10 @@ local function ahead(own, index)
     if priority == own.priority then
       local mine = queues_of(line, {own.tenant}, own)[1]
       local ready_at = redis.call('ZSCORE', ready, own.tenant)
-      local start = index * mine.cost / mine.share + (ready_at or math.max(
+      local start = index * charge(mine.cost, mine.share) + (ready_at or math.max(
         redis.call('HGET', K.CLOCK, line) or 0, redis.call('HGET', K.TAGS .. line, own.tenant) or 0))
-      local last = start + TIE * own.cost
-      local found = redis.call('ZRANGEBYSCORE', ready, '-inf', last, 'WITHSCORES', 'LIMIT', 0, LOOKED_AT)
-      local total = #found < 2 * LOOKED_AT and #found / 2 or redis.call('ZCOUNT', ready, '-inf', last)
+      local found = redis.call('ZRANGEBYSCORE', ready, '-inf', start, 'WITHSCORES', 'LIMIT', 0, LOOKED_AT)
+      local total = #found < 2 * LOOKED_AT and #found / 2 or redis.call('ZCOUNT', ready, '-inf', start)
       add(sum, line, found, total - (ready_at and 1 or 0), own, start)
       sum.tasks = math.floor(sum.tasks + 0.5) + index
       sum.pictures = sum.pictures + index * mine.pictures

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from fractions import Fraction
+from math import ceil
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from common import keys
 from common.apikeys import ApiKey
 from common.broker import Broker
-from common.records import Hold, NewTask
+from common.records import COST_PARTS, Hold, NewTask
 from common.schemas import Priority
 from common.settings import Settings
 from tests.conftest import SubmitFn, resolved
@@ -106,7 +107,7 @@ def test_positions_heed_the_shares(
         broker.put_key(key, share)
     ids = fill(broker, backlog)
     starts = iter(
-        (Fraction(steps) / Fraction(shares[tenant]) * index, tenant, index)
+        (ceil(Fraction(steps) / Fraction(shares[tenant]) * COST_PARTS) * index, tenant, index)
         for tenant, (steps, tasks) in backlog.items()
         for index in range(tasks)
     )
