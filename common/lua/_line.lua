@@ -139,7 +139,7 @@ local function ahead(own, index)
       local mine = queues_of(line, {own.tenant}, own)[1]
       local ready_at = redis.call('ZSCORE', ready, own.tenant)
       local start = index * charge(mine.cost, mine.share) + (ready_at or math.max(
-        redis.call('HGET', K.CLOCK, line) or 0, redis.call('HGET', K.TAGS .. line, own.tenant) or 0))
+        redis.call('HGET', K.CLOCK, line) or 0, redis.call('ZSCORE', K.TAGS .. line, own.tenant) or 0))
       local found = redis.call('ZRANGEBYSCORE', ready, '-inf', start, 'WITHSCORES', 'LIMIT', 0, LOOKED_AT)
       local total = #found < 2 * LOOKED_AT and #found / 2 or redis.call('ZCOUNT', ready, '-inf', start)
       add(sum, line, found, total - (ready_at and 1 or 0), own, start)
