@@ -77,7 +77,7 @@ def _await(check: Callable[[], object]) -> None:
 
 
 def _count(fleet: Fleet, run: Callable[[], object], tasks: int) -> Commands:
-    with _monitored(fleet.redis) as heard:
+    with monitored(fleet.redis) as heard:
         run()
     wire: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def _count(fleet: Fleet, run: Callable[[], object], tasks: int) -> Commands:
 
 
 @contextmanager
-def _monitored(client: Any) -> Iterator[list[tuple[str, str]]]:
+def monitored(client: Any) -> Iterator[list[tuple[str, str]]]:
     """Yield a list that fills with (source, command) of what Redis is asked by others; complete after the block."""
     end = secrets.token_hex(8)
     mine = client.client_info()["addr"]

@@ -7,19 +7,24 @@ import hmac
 import re
 import secrets
 from datetime import UTC, datetime
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, StringConstraints
 
 from common.schemas import PRIORITIES, Priority, Stored
 
 OPEN_TENANT = "default"  # whose tasks are those of a fleet without keys
+EVERYBODY = "*"  # stands for all tenants, and is no tenant's name
 SECRET_BYTES = 32
 
-Tenant = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9-]{0,31}\z")]  # a part of queue names
-Rate = Annotated[str, StringConstraints(pattern=r"\A[1-9][0-9]{0,5}/[smhd]\z")]  # submits a second, minute, hour, day
+TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")  # a part of queue names
+RATE = re.compile(r"[1-9][0-9]{0,5}/[smhd]")  # submits a second, minute, hour, day
+KEY_ID = re.compile(r"[0-9a-f]{12}")
 
-_TOKEN = re.compile(r"zfk_([0-9a-f]{12})_([0-9a-f]{64})")
+Tenant = Annotated[str, StringConstraints(pattern=rf"\A{TENANT.pattern}\z")]
+Rate = Annotated[str, StringConstraints(pattern=rf"\A{RATE.pattern}\z")]
+
+_TOKEN = re.compile(rf"zfk_({KEY_ID.pattern})_([0-9a-f]{{64}})")
 
 
 class ApiKey(Stored):
@@ -35,11 +40,23 @@ class ApiKey(Stored):
     max_running: Annotated[int, Field(ge=1)] | None = None  # tasks of this key on GPUs; others of it wait
     created_at: datetime
     expires_at: datetime | None = None
-    revoked_at: datetime | None = None
+    revoked_at: datetime | None = None  # one still to come: the key was rotated, and works until then
 
     def works(self, now: datetime) -> bool:
         """Return whether the key is neither revoked nor expired."""
-        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+        return all(end is None or now < end for end in (self.revoked_at, self.expires_at))
+
+    def state(self, now: datetime) -> Literal["active", "retiring", "revoked", "expired"]:
+        """Return how the key is, in a word; one that is `retiring` was rotated and works a while longer."""
+        if self.revoked_at is not None and self.revoked_at <= now:
+            return "revoked"
+        if not self.works(now):
+            return "expired"
+        return "active" if self.revoked_at is None else "retiring"
+
+    def retired(self, at: datetime) -> ApiKey:
+        """Return the key as one that is revoked at this time, unless it is even sooner."""
+        return self.model_copy(update={"revoked_at": min(at, self.revoked_at or at)})
 
     def allows(self, priority: Priority) -> bool:
         """Return whether tasks of this priority may be submitted with it."""
@@ -72,6 +89,6 @@ class Token(NamedTuple):
 
 
 def proves(token: Token, key: ApiKey | None) -> bool:
-    """Return whether the token is this key's, and the key works now. Takes as long whatever is wrong with it."""
+    """Return whether the token is this key's, and the key works now. None, an unknown key, takes as long to compare."""
     known = hmac.compare_digest(token.digest, key.digest if key else "0" * 64)
     return known and key is not None and key.works(datetime.now(UTC))

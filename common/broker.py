@@ -1,5 +1,5 @@
 """The task's life on Redis: submit, claim, beat, progress, finish, release, cancel and reap. Views are FleetView's,
-and API keys are Keyring's.
+API keys are Keyring's, and rates RateLimits'.
 
 Every transition is one Lua script of `lua/`: atomic, and safe to send twice. All methods raise RedisUnavailable when
 Redis stays away longer than the broker's patience.
@@ -25,6 +25,7 @@ from common.errors import RedisUnavailable
 from common.fleetview import FleetView
 from common.keyring import Keyring
 from common.link import BELL_WAIT_S
+from common.ratelimit import RateLimits
 from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed, refusal, seconds
 from common.schemas import ImageRef, StageTimings, TaskError
 
@@ -36,7 +37,7 @@ RECONCILE_GRACE_S = 5.0
 LONGEST_BOUND_S = 1e9  # a script cannot read infinity
 
 
-class Broker(FleetView, Keyring):
+class Broker(FleetView, Keyring, RateLimits):
     """One process's way to Redis. Safe to share between threads and greenlets."""
 
     # The gateway's side

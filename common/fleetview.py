@@ -42,7 +42,7 @@ class FleetView(Link):
     def tasks(
         self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
     ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
-        """Return a tenant's tasks, newest first, and where the next page begins (None at the end).
+        """Return a tenant's tasks (EVERYBODY: all), newest first, and where the next page begins (None at the end).
 
         `before` is such a place, from an earlier page. A page may be short while there are more: a rare state is not
         searched for without end in one call.
@@ -77,7 +77,7 @@ class FleetView(Link):
             ids = self._redis.zrevrangebyscore(key, highest, "-inf", start=offset, num=count, withscores=True)
             pipeline = self._redis.pipeline(transaction=False)
             for task_id, _ in ids:
-                pipeline.hmget(keys.TASK + task_id, "status", "model", "created_at", "finished_at")
+                pipeline.hmget(keys.TASK + task_id, "status", "model", "created_at", "finished_at", "tenant")
             return [(i, int(score), fields) for (i, score), fields in zip(ids, pipeline.execute(), strict=True)]
 
         return self._patiently(read)

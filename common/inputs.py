@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from typing import TYPE_CHECKING
@@ -11,12 +12,26 @@ if TYPE_CHECKING:
 
 FIELDS = ("init_image", "mask_image", "control_image", "reference_images")  # of a request
 
+RANDOM_BYTES = 12  # of a handle
+MARK_CHARS = 8
+
 _HANDLE = re.compile(r"img_[0-9a-f]{32}")
 
 
-def new_handle() -> str:
-    """Return a handle that nobody can guess."""
-    return f"img_{secrets.token_hex(16)}"
+def new_handle(tenant: str) -> str:
+    """Return a handle that nobody can guess, marked as this tenant's: img_, 24 random hex digits and 8 of the mark."""
+    random = secrets.token_hex(RANDOM_BYTES)
+    return f"img_{random}{_mark(tenant, random)}"
+
+
+def belongs(handle: str, tenant: str) -> bool:
+    """Return whether the handle was given to this tenant. One that was made up for it names a picture nobody stored."""
+    random = handle.removeprefix("img_")[: 2 * RANDOM_BYTES]
+    return is_handle(handle) and handle.endswith(_mark(tenant, random))
+
+
+def _mark(tenant: str, random: str) -> str:
+    return hashlib.sha256(f"{tenant} {random}".encode()).hexdigest()[:MARK_CHARS]
 
 
 def is_handle(text: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,10 +21,7 @@ class Keyring(Link):
 
         def write() -> None:
             pipeline = self._redis.pipeline(transaction=True)
-            pipeline.hset(
-                keys.API_KEY + key.key_id,
-                mapping={"key": key.model_dump_json(), "max_running": key.max_running or ""},
-            )
+            pipeline.hset(keys.API_KEY + key.key_id, mapping=_hash(key))
             pipeline.sadd(keys.API_KEYS, key.key_id)
             if share is not None:
                 pipeline.hset(keys.SHARES, key.tenant, share)
@@ -30,6 +29,24 @@ class Keyring(Link):
 
         self._patiently(write)
         self._run("unpark", key.key_id)
+
+    def change_key(self, key_id: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey | None:
+        """Replace a key by what `change` makes of it and return that; None for an unknown key.
+
+        Of two changes at once neither is lost: the later one is made to what the earlier one has left.
+        """
+        name = keys.API_KEY + key_id
+
+        def write(pipeline: Any) -> ApiKey | None:
+            key = _api_key(pipeline.hget(name, "key"))
+            changed = key and change(key)
+            pipeline.multi()
+            if changed:
+                pipeline.hset(name, mapping=_hash(changed))
+            return changed
+
+        changed: ApiKey | None = self._patiently(lambda: self._redis.transaction(write, name, value_from_callable=True))
+        return changed
 
     def key(self, key_id: str) -> ApiKey | None:
         """Return a key by its id, revoked and expired ones too; None for an unknown one."""
@@ -67,6 +84,10 @@ class Keyring(Link):
             return found
 
         return bytes.fromhex(self._patiently(read))
+
+
+def _hash(key: ApiKey) -> dict[str, str | int]:
+    return {"key": key.model_dump_json(), "max_running": key.max_running or ""}
 
 
 def _api_key(text: str | None) -> ApiKey | None:

@@ -1,5 +1,5 @@
 """Every Redis key, channel, queue name and time-to-live, each with its one writer. Only broker.py and its own parts
-(link, fleetview, keyring, outbox) import this.
+(link, fleetview, keyring, ratelimit, outbox) import this.
 
 `rq:` keys are RQ's own formats, so that its tools show and steer this fleet; `zf:` keys are ours.
 """
@@ -10,7 +10,7 @@ import json
 
 # Ours                                            written by
 TASK = "zf:task:"  # + id: the record, a hash       submit, and every transition after it
-TENANT_TASKS = "zf:tasks:"  # + tenant: zset by age  submit
+TENANT_TASKS = "zf:tasks:"  # + tenant, and + *, everybody's: zset by age  submit
 OPEN = "zf:open"  # zset of ids not yet final       submit; the final transitions remove
 DEADLINES = (
     "zf:deadlines"  # zset of queued ids -> deadline, ms   submit, and what puts a task back; claim and the ends remove
@@ -29,6 +29,7 @@ API_KEY = "zf:key:"  # + id: hash of the key, JSON, and what the claim reads of 
 API_KEYS = "zf:keys"  # set of ids: there as soon as a key was ever made    keyring
 SHARES = "zf:shares"  # hash tenant -> its share of the GPUs, where that is not 1    keyring
 SECRETS = "zf:secrets"  # hash purpose -> what all gateways sign with alike    keyring
+RATES = "zf:rates"  # + :…:key id: how far ahead of its rate a key is    ratelimit (throttled-py names the rest)
 QUEUED_OF = "zf:queued:"  # + key id: its tasks that stand in line, a set    submit, requeue; claim and the ends remove
 RUNNING_OF = "zf:running:"  # + key id: its tasks on GPUs, a set    claim; what ends an attempt removes
 PARKED = "zf:parked:"  # + key id: queues that wait until one of its runs ends, a set   claim; what ends a run removes

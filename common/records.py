@@ -111,6 +111,19 @@ class EtaErrors(NamedTuple):
     sum: float  # of all errors
 
 
+class Tally(NamedTuple):
+    """What became of a submit's count: `limit` may come at once, `remaining` of them now, all again after `reset_s`.
+
+    One that was `limited` was not counted, and would be let through after `retry_after_s`.
+    """
+
+    limited: bool
+    limit: int
+    remaining: int
+    reset_s: float
+    retry_after_s: float
+
+
 class Event(NamedTuple):
     """Something happened to a task: a state's name, or `progress`."""
 
@@ -170,9 +183,10 @@ def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: fl
 
 
 def task_summary(task_id: str, fields: Sequence[str | None]) -> TaskSummary:
-    status, model, created_at, finished_at = fields
+    status, model, created_at, finished_at, tenant = fields
     return TaskSummary(
         task_id=task_id,
+        tenant=tenant or "",
         status=TaskStatus(status or ""),
         model=model or "",
         created_at=datetime.fromtimestamp(int(created_at or 0) / 1000, UTC),

@@ -312,6 +312,7 @@ class TaskSummary(Wire):
     """A line of GET /api/tasks."""
 
     task_id: str
+    tenant: str
     status: TaskStatus
     model: str
     created_at: datetime

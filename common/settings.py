@@ -15,6 +15,7 @@ from common.errors import ConfigurationError
 from common.models import SIZE_MULTIPLE, Catalogue, load_catalogue
 
 PREFIX = "ZFLEET_"
+SECRET = "api_key"  # the one setting that is one
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
 
 Names = Annotated[tuple[str, ...], NoDecode]
@@ -161,8 +162,8 @@ class Settings(BaseSettings):
         return [(int(width), int(height)) for width, height in sides]
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that make a child process read these same settings."""
-        fields = self.model_dump(exclude_none=True)
+        """Return the variables that make a child process read these same settings, but for the API key."""
+        fields = self.model_dump(exclude_none=True, exclude={SECRET})
         return {
             PREFIX + name.upper(): _as_text(value) for name, value in fields.items() if name in self.model_fields_set
         }
@@ -208,8 +209,12 @@ def sources(settings: Settings, flags: Mapping[str, Any] | None = None) -> list[
 
 
 def child_environment(settings: Settings, **extra: str) -> dict[str, str]:
-    """Return this process's environment with the settings and `extra` on top, for a child process."""
-    return {**os.environ, **settings.environment(), **extra}
+    """Return this process's environment with the settings and `extra` on top, for a child process.
+
+    Without the API key: no server needs it, and another process's environment is easily read.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name.upper() != PREFIX + SECRET.upper()}
+    return {**inherited, **settings.environment(), **extra}
 
 
 def granted_gpus() -> list[str] | None:

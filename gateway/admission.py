@@ -1,30 +1,33 @@
 """Who is asking: the tenant and the rights behind an API key, told before a request's body is read.
 
-Every route wants a key unless it says that it is public. A fleet for which no key was ever made serves one open tenant
-with all rights, but to nobody beyond this machine, unless ZFLEET_INSECURE allows that.
+Every route wants a key unless it says that it is public, and a route that submits is counted against the key's rate. A
+fleet for which no key was ever made serves one open tenant with all rights, whatever key is shown; but to nobody beyond
+this machine, and not by a gateway that listens beyond it, unless ZFLEET_INSECURE allows that.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import threading
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from flask import Flask, current_app, request
+from flask import Flask, Response, after_this_request, current_app, request
 
 from common.apikeys import OPEN_TENANT, ApiKey, Token, proves
 from common.broker import Broker
-from common.errors import Forbidden, Unauthenticated
+from common.errors import Forbidden, RateLimited, Unauthenticated
+from common.listening import beyond_loopback, is_loopback
+from common.records import Tally
+from common.schemas import Priority
 from common.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., object])
 Scope = Literal["public", "tenant", "admin"]
 
 CALLER = "zfleet.caller"  # in the WSGI environment
-KNOWN_S = 2.0  # a key that was good is taken as good for so long; by then a revoked one is refused everywhere
+KNOWN_S = 2.0  # what Redis says of a key is taken for so long; by then a revoked one is refused everywhere
 MOST_KNOWN = 10_000
 
 
@@ -39,6 +42,10 @@ class Caller:
     @property
     def key_id(self) -> str:
         return self.key.key_id if self.key else ""
+
+    @property
+    def priority_max(self) -> Priority:
+        return self.key.priority_max if self.key else "high"
 
     @property
     def reach(self) -> str | None:
@@ -59,31 +66,41 @@ class Doorkeeper:
     def __init__(self, broker: Broker, settings: Settings) -> None:
         self._broker = broker
         self._insecure = settings.insecure
-        self._known: dict[str, tuple[float, Caller]] = {}
+        self._closed = beyond_loopback(settings.host)  # even if Redis should lose its keys
+        self._known: dict[str, tuple[float, ApiKey]] = {}
         self._guarded_until = 0.0
         self._guarded = True
-        self._lock = threading.Lock()
 
     def admit(self, text: str | None, *, local: bool) -> Caller:
-        """Return who shows this key; raises Unauthenticated, the same for every key that opens nothing."""
-        if text is None:
-            if (self._insecure or local) and not self._is_guarded():
-                return OPEN
-            raise Unauthenticated("this call needs an API key: Authorization: Bearer zfk_…")
+        """Return who shows this key; raises Unauthenticated, the same for none and every one that opens nothing."""
+        key = self._proven(text)
+        if key is not None:
+            return Caller(tenant=key.tenant, admin=key.admin, key=key)
+        if (self._insecure or (local and not self._closed)) and not self._is_guarded():
+            return OPEN
+        raise Unauthenticated("this call needs an API key: Authorization: Bearer zfk_…")
+
+    def count(self, caller: Caller) -> Tally | None:
+        """Count a submit of this caller; None, and no round trip, where its key has no rate."""
+        rate = caller.key.rate if caller.key else None
+        return self._broker.count(caller.key_id, rate) if rate else None
+
+    def _proven(self, text: str | None) -> ApiKey | None:
+        token = Token.parse(text) if text else None
+        key = self._key(token.key_id) if token else None
+        return key if token and proves(token, key) else None
+
+    def _key(self, key_id: str) -> ApiKey | None:
         now = time.monotonic()
-        found = self._known.get(text)
-        if found and now < found[0]:
-            return found[1]
-        token = Token.parse(text)
-        key = self._broker.key(token.key_id) if token else None
-        if token is None or key is None or not proves(token, key):
-            raise Unauthenticated("this call needs an API key: Authorization: Bearer zfk_…")
-        caller = Caller(tenant=key.tenant, admin=key.admin, key=key)
-        with self._lock:
+        until, known = self._known.get(key_id, (0.0, None))
+        if known is not None and now < until:
+            return known
+        key = self._broker.key(key_id)
+        if key is not None:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
-            self._known[text] = (now + KNOWN_S, caller)
-        return caller
+            self._known[key_id] = (now + KNOWN_S, key)
+        return key
 
     def _is_guarded(self) -> bool:
         if time.monotonic() >= self._guarded_until:
@@ -93,7 +110,7 @@ class Doorkeeper:
 
 
 def install(app: Flask, doorkeeper: Doorkeeper) -> None:
-    """Let nobody through to a view who may not call it."""
+    """Let nobody through to a view who may not call it, or not as often. No body has been read by then."""
 
     @app.before_request
     def check() -> None:
@@ -101,10 +118,12 @@ def install(app: Flask, doorkeeper: Doorkeeper) -> None:
         scope: Scope = getattr(view, "scope", "tenant")
         if view is None or scope == "public":  # no such route: whoever asks is told so
             return
-        caller = doorkeeper.admit(shown(), local=is_local())
-        if scope == "admin" and not caller.admin:
+        who = doorkeeper.admit(shown(), local=is_local())
+        if scope == "admin" and not who.admin:
             raise Forbidden("this call is for keys with the admin scope")
-        request.environ[CALLER] = caller
+        request.environ[CALLER] = who
+        if hasattr(view, "submits") and request.method != "OPTIONS" and (tally := doorkeeper.count(who)):
+            _obey(tally)
 
 
 def open_to(scope: Scope) -> Callable[[F], F]:
@@ -117,6 +136,12 @@ def open_to(scope: Scope) -> Callable[[F], F]:
     return mark
 
 
+def submits(view: F) -> F:
+    """Mark a view that makes tasks: each of its calls counts against the caller's rate, whatever becomes of it."""
+    view.submits = True  # type: ignore[attr-defined]
+    return view
+
+
 def caller() -> Caller:
     """Return whoever sent the current request, on any route that is not public."""
     found: Caller = request.environ[CALLER]
@@ -124,25 +149,31 @@ def caller() -> Caller:
 
 
 def shown() -> str | None:
-    """Return the API key that the current request shows, or None."""
+    """Return the API key that the current request shows; None where it shows none, or two that differ."""
     scheme, _, value = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    return request.headers.get("X-API-Key")
+    keys = {value.strip()} if scheme.lower() == "bearer" else set()
+    if "X-API-Key" in request.headers:
+        keys.add(request.headers["X-API-Key"].strip())
+    return keys.pop() if len(keys) == 1 else None
 
 
 def is_local() -> bool:
     """Return whether the current request comes from this machine, and was not passed on for somebody elsewhere."""
     passed_on = request.headers.get("X-Forwarded-For", "")
     return all(
-        _is_loopback(address.strip()) for address in (request.remote_addr or "", *passed_on.split(",")) if address
+        is_loopback(address.strip()) for address in (request.remote_addr or "", *passed_on.split(",")) if address
     )
 
 
-def _is_loopback(address: str) -> bool:
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return (mapped or found).is_loopback
+def _obey(tally: Tally) -> None:
+    """Tell the caller how its rate stands, whatever is going to be answered; raises RateLimited."""
+
+    @after_this_request
+    def tell(response: Response) -> Response:
+        response.headers["X-RateLimit-Limit"] = str(tally.limit)
+        response.headers["X-RateLimit-Remaining"] = str(tally.remaining)
+        response.headers["X-RateLimit-Reset"] = str(math.ceil(tally.reset_s))
+        return response
+
+    if tally.limited:
+        raise RateLimited("this API key submits more often than it may; wait as Retry-After says", tally.retry_after_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, send_from_directory
 from flask_openapi3.openapi import OpenAPI
 
 from gateway.admission import open_to
@@ -32,7 +32,7 @@ POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' d
 
 def install(app: OpenAPI) -> None:
     """Add the two addresses. The description is drawn once, when first asked for."""
-    pages = Blueprint("docs", __name__, static_folder=ASSETS, static_url_path="/docs/assets")
+    pages = Blueprint("docs", __name__)
     drawn: list[bytes] = []
 
     @pages.get("/openapi.json")
@@ -51,5 +51,10 @@ def install(app: OpenAPI) -> None:
     @open_to("public")
     def start() -> Response:
         return Response(START, content_type="text/javascript; charset=utf-8")
+
+    @pages.get("/docs/assets/<path:name>")
+    @open_to("public")
+    def asset(name: str) -> Response:
+        return send_from_directory(ASSETS, name)
 
     app.register_blueprint(pages)

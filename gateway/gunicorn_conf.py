@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+from common import listening
 from common.settings import load_settings
 
 settings = load_settings()
@@ -34,3 +38,16 @@ worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the signs 
 # Each connection is a file, and the usual soft limit is 1,024.
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
+
+
+def on_starting(server: Any) -> None:
+    """Stop with exit code 2 before anything listens beyond this machine while nobody needs a key.
+
+    Redis is asked by another process: its client must not be imported here before gevent has patched the workers.
+    """
+    bound = [settings.host if isinstance(at, int) else at[0] for at in server.cfg.address if not isinstance(at, str)]
+    hosts = [host for host in bound if listening.beyond_loopback(host)]
+    if hosts and not settings.insecure:
+        command = [sys.executable, "-m", listening.__name__, *hosts]
+        if code := subprocess.run(command, cwd=Path(__file__).parents[1], check=False).returncode:
+            sys.exit(code)

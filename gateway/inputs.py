@@ -25,6 +25,7 @@ from common.schemas import InputImage, Picture, Wire
 from common.settings import Settings
 from common.storage.base import BaseStorage
 from gateway import formats, pictures, problems
+from gateway.admission import caller
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.aside import decoding, storing
 from gateway.bodies import FilePart, Form, digest
@@ -52,14 +53,14 @@ class Inputs:
         self._max_pixels = settings.input_max_pixels
         self._kept_for = timedelta(days=settings.retention_days)
 
-    def upload(self, text: str, files: Mapping[str, bytes], *, field: str) -> InputImage:
-        """Store one picture by itself; raises InvalidRequest, StorageFull, StorageError."""
+    def upload(self, text: str, files: Mapping[str, bytes], *, field: str, tenant: str) -> InputImage:
+        """Store one picture by itself, for this tenant; raises InvalidRequest, StorageFull, StorageError."""
         self._disk.check()
         try:
             data, made = decoding.run(self._read, text, files)
         except Unusable as error:
             raise InvalidRequest.field(field, str(error)) from None
-        handle = inputs.new_handle()
+        handle = inputs.new_handle(tenant)
         storing.run(self._storage.put, inputs.storage_key(handle), made.png)
         return InputImage(
             handle=handle,
@@ -70,10 +71,13 @@ class Inputs:
             expires_at=datetime.now(UTC) + self._kept_for,
         )
 
-    def look(self, named: Mapping[str, Sequence[str]], files: Mapping[str, bytes]) -> dict[str, list[Input]]:
+    def look(
+        self, named: Mapping[str, Sequence[str]], files: Mapping[str, bytes], tenant: str
+    ) -> dict[str, list[Input]]:
         """Return the pictures of a request by field: those that have a handle, those in `files`, those in base64.
 
-        Nothing is stored yet. Raises InvalidRequest with an entry for each that cannot be used, and StorageError.
+        Nothing is stored yet. Another tenant's handle is an unknown one. Raises InvalidRequest with an entry for each
+        that cannot be used, and StorageError.
         """
         found: dict[str, list[Input]] = {}
         errors = []
@@ -81,7 +85,7 @@ class Inputs:
             found[field] = []
             for index, text in enumerate(texts):
                 try:
-                    found[field].append(self._one(text, files))
+                    found[field].append(self._one(text, files, tenant))
                 except Unusable as error:
                     loc = f"{field}.{index}" if field == "reference_images" else field
                     errors.append(FieldError(loc, str(error)))
@@ -109,21 +113,20 @@ class Inputs:
                 with contextlib.suppress(FleetError):  # a sweep will find it
                     storing.run(self._storage.delete, inputs.storage_key(one.handle))
 
-    def _one(self, text: str, files: Mapping[str, bytes]) -> Input:
+    def _one(self, text: str, files: Mapping[str, bytes], tenant: str) -> Input:
         if inputs.is_handle(text):
-            return storing.run(self._stored, text)
+            return storing.run(self._stored, text, tenant)
         data, made = decoding.run(self._read, text, files)
-        return Input(
-            handle=inputs.new_handle(), width=made.width, height=made.height, identity=digest(data), png=made.png
-        )
+        handle = inputs.new_handle(tenant)
+        return Input(handle=handle, width=made.width, height=made.height, identity=digest(data), png=made.png)
 
     def _read(self, text: str, files: Mapping[str, bytes]) -> tuple[bytes, pictures.Picture]:
         data = files[text] if text in files else pictures.from_text(text)
         return data, pictures.canonical(data, self._max_pixels)
 
-    def _stored(self, handle: str) -> Input:
+    def _stored(self, handle: str, tenant: str) -> Input:
         key = inputs.storage_key(handle)
-        if not self._storage.exists(key):
+        if not self._storage.exists(key) or not inputs.belongs(handle, tenant):
             raise Unusable("is unknown here, or was not used for too long; send the picture again")
         head = formats.head(self._storage.head(key, formats.STORED_HEAD_BYTES))
         if head is None:
@@ -154,7 +157,8 @@ def create(found: Inputs) -> Api:
 
         It is kept upright and without its metadata. Of several frames the first counts; what is transparent is white.
         """
-        return json_answer(found.upload(body.image, form.files, field="image"), 201, NO_STORE)
+        made = found.upload(body.image, form.files, field="image", tenant=caller().tenant)
+        return json_answer(made, 201, NO_STORE)
 
     return api
 

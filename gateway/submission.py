@@ -13,7 +13,7 @@ from common import inputs
 from common.errors import FieldError, InvalidRequest, UnknownModel
 from common.limits import Limits
 from common.models import Catalogue, ModelSpec
-from common.schemas import SEED_MAX, GenerateRequest, ResolvedRequest
+from common.schemas import PRIORITIES, SEED_MAX, GenerateRequest, Priority, ResolvedRequest
 from gateway import modes, sizes
 from gateway.inputs import Input
 
@@ -24,11 +24,11 @@ LORAS_TOLD = 20  # in an answer; there may be thousands
 LIKE = ("init_image", "control_image", "reference_images")  # whose size a picture has whose own is not given
 
 
-def check(request: GenerateRequest, catalogue: Catalogue) -> ModelSpec:
+def check(request: GenerateRequest, catalogue: Catalogue, priority_max: Priority = "high") -> ModelSpec:
     """Return the model that is asked for, once what can be told without a look at the pictures is found right.
 
-    Raises InvalidRequest with an entry for each field that the model's limits refuse, and UnknownModel (which has the
-    other entries too) when there is no such model.
+    Raises InvalidRequest with an entry for each field that the model's limits or the caller's key refuse, and
+    UnknownModel (which has the other entries too) when there is no such model.
     """
     errors: list[FieldError] = []
     if request.template is not None:
@@ -37,6 +37,9 @@ def check(request: GenerateRequest, catalogue: Catalogue) -> ModelSpec:
         spec = catalogue[request.model] if request.model is not None else catalogue.default
     except UnknownModel as error:
         raise UnknownModel(error.message, errors=[*error.errors, *errors]) from None
+    if PRIORITIES.index(priority(request, priority_max)) < PRIORITIES.index(priority_max):
+        allowed = PRIORITIES[PRIORITIES.index(priority_max) :]
+        errors.append(FieldError("priority", f"must be {' or '.join(allowed)} with this API key"))
     steps = spec.steps if request.steps is None else request.steps
     errors += sizes.errors(*sizes.chosen(request, spec), spec)
     if steps > spec.max_steps:
@@ -59,6 +62,7 @@ def resolve(
     spec: ModelSpec,
     pictures: Pictures = MappingProxyType({}),
     live: Limits = Limits(),  # noqa: B008 - a tuple
+    priority_max: Priority = "high",
 ) -> ResolvedRequest:
     """Return a request that `check` found right for this model with every value set.
 
@@ -92,11 +96,18 @@ def resolve(
         n=request.n,
         format=request.format,
         quality=request.quality,
-        priority=request.priority,
+        priority=priority(request, priority_max),
         deadline_s=request.deadline_s,
         webhook=request.webhook,
         metadata=request.metadata,
     )
+
+
+def priority(request: GenerateRequest, highest: Priority) -> Priority:
+    """Return the priority that is asked for, or, where none is, the default or the highest allowed if that is lower."""
+    if "priority" in request.model_fields_set:
+        return request.priority
+    return max(request.priority, highest, key=PRIORITIES.index)
 
 
 def _live_errors(request: GenerateRequest, pixels: int, spec: ModelSpec, live: Limits) -> list[FieldError]:

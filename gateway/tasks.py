@@ -75,9 +75,10 @@ class Tasks:
         Raises InvalidRequest, UnknownModel, QueueFull, QuotaUsedUp, TooLate, StorageFull, StorageError,
         IdempotencyConflict.
         """
-        spec = submission.check(request, self._catalogue)
-        pictures = self._pictures.look(inputs.named(request), files)
-        resolved = submission.resolve(request, spec, pictures, self._broker.limits(spec.name))
+        spec = submission.check(request, self._catalogue, caller.priority_max)
+        pictures = self._pictures.look(inputs.named(request), files, caller.tenant)
+        live = self._broker.limits(spec.name)
+        resolved = submission.resolve(request, spec, pictures, live, caller.priority_max)
         full = self._disk.reason()
         if not full:
             self._pictures.keep(pictures)
@@ -181,7 +182,7 @@ class Tasks:
     def page(
         self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
     ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
-        """Return a tenant's tasks, newest first, and where the next page begins (None at the end)."""
+        """Return a tenant's tasks (EVERYBODY: all), newest first, and where the next page begins (None at the end)."""
         return self._broker.tasks(tenant, status=status, limit=limit, before=before)
 
     def close(self) -> None:

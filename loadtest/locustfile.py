@@ -27,6 +27,7 @@ from locust.stats import StatsEntry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # locust loads this file by its path
 
+from common.settings import load_settings
 from loadtest.menu import Limits, order
 from loadtest.target import NotLoopback, require_loopback
 
@@ -137,6 +138,8 @@ class Painter(FastHttpUser):
     network_timeout = WAIT_S + 20.0
 
     def __init__(self, environment: Environment) -> None:
+        if key := load_settings().api_key:
+            self.default_headers = {"Authorization": f"Bearer {key.get_secret_value()}"}
         super().__init__(environment)
         require_loopback(self.host or "")  # once more: the web page lets anybody type another
         assert environment.parsed_options is not None

@@ -16,15 +16,19 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from requests import PreparedRequest
+from requests.auth import AuthBase
 
 from common.cards import Health, ModelView, QueueDepth, WorkerCard
-from common.errors import ClientError, ConfigurationError, FieldError
+from common.errors import ClientError, ConfigurationError, FieldError, Unauthenticated
 from common.inputs import FIELDS
 from common.problem import Problem
 from common.schemas import InputImage, SubmitAnswer, TaskPage, TaskStatus, TaskView
 from zfleet import pictures
 
 M = TypeVar("M", bound=BaseModel)
+
+KEY_WANTED = "set ZFLEET_API_KEY, or api_key of Client, to a key that `zfleet keys create` made"
 
 DEFAULT_TIMEOUT_S = 30.0  # one call, retries included
 FIRST_CONTACT_S = 1.0  # a port where nothing ever answered is a wrong URL sooner than a restart
@@ -55,7 +59,8 @@ class Refused(ClientError):
     """Raised when the gateway refuses a call. `code` and `errors` are the problem's own, `problem` is all of it."""
 
     def __init__(self, problem: Problem, retry_after_s: float | None = None) -> None:
-        super().__init__(problem.detail, errors=[FieldError(error.loc, error.msg) for error in problem.errors])
+        wanted = f"{problem.detail}; {KEY_WANTED}" if problem.code == Unauthenticated.code else problem.detail
+        super().__init__(wanted, errors=[FieldError(error.loc, error.msg) for error in problem.errors])
         self.problem = problem
         self.retry_after_s = retry_after_s
         self.__dict__["code"] = problem.code  # the class's code says less than the one that came over the wire
@@ -107,8 +112,11 @@ class Client:
     All methods raise Unreachable or Refused, both of which are ClientErrors.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """`url` is the gateway's root, as http://127.0.0.1:8080; raises ConfigurationError when it is no HTTP URL."""
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """`url` is the gateway's root, as http://127.0.0.1:8080; raises ConfigurationError when it is no HTTP URL.
+
+        The API key, if the gateway wants one, is shown to nobody else, wherever a picture's URL or a redirect leads.
+        """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigurationError(f"{url!r} is not a gateway's URL; it looks like http://127.0.0.1:8080")
@@ -117,6 +125,7 @@ class Client:
         self._session = requests.Session()
         if parts.hostname in ("localhost", "127.0.0.1", "::1"):
             self._session.trust_env = False  # the environment's proxy cannot reach this machine's loopback
+        self._session.auth = _Key(self.url, api_key.strip()) if api_key else None
         self._reached = False
 
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> SubmitAnswer:
@@ -310,6 +319,26 @@ class Client:
             type="about:blank", title=said, status=response.status_code, detail=detail, code="not_a_gateway"
         )
         return Refused(problem, _retry_after_s(response))
+
+
+class _Key(AuthBase):
+    """Shows the API key to one host, in the header that requests itself takes off when a redirect leads elsewhere."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        if not api_key.isascii() or not api_key.isprintable():
+            raise ConfigurationError("the API key (ZFLEET_API_KEY) is none: it looks like zfk_…, in plain letters")
+        self._origin = _origin(url)
+        self._header = f"Bearer {api_key}"
+
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        if request.url and _origin(request.url) == self._origin:
+            request.headers["Authorization"] = self._header
+        return request
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _take_files(body: dict[str, Any]) -> list[tuple[str, tuple[str, bytes]]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol, Self
 
+from common import listening
 from common.broker import Broker
-from common.errors import ClientError, ConfigurationError, FleetError, RedisUnavailable
+from common.errors import ConfigurationError, FleetError, RedisUnavailable
 from common.settings import Settings, child_environment, load_settings, mask_url
 from zfleet import machine, redis_server
 from zfleet.client import Client
@@ -86,6 +87,7 @@ class Stack:
         `embedded`: whether to bring a Redis along; None goes by the settings. `redis_port`: where; 0 is any free port.
         """
         self.settings = settings
+        self.guarded = False  # whether calls need an API key
         self._embedded = "redis_url" not in settings.model_fields_set if embedded is None else embedded
         self._redis_port = redis_port
         self._reporter = reporter
@@ -178,8 +180,9 @@ class Stack:
             raise ConfigurationError(f"ZFLEET_DATA_DIR {self.settings.data_dir}: {error.strerror}") from None
         with self._interrupts.held():
             self._guardian = Guardian(pass_fds=[self._lock.fileno()])
-        self._open_port()
         self._start_redis()
+        self._require_keys()
+        self._open_port()
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()} {self.url}\n")
         self._lock.flush()
@@ -245,11 +248,14 @@ class Stack:
         return False
 
     def _probe(self, patience_s: float) -> None:
-        broker = Broker(self.settings, patience_s=patience_s)
-        try:
+        with contextlib.closing(Broker(self.settings, patience_s=patience_s)) as broker:
             broker.probe()
-        finally:
-            broker.close()
+
+    def _require_keys(self) -> None:
+        """Raise ConfigurationError where other machines would reach a fleet that nobody needs a key for."""
+        listening.check([self.settings.host], self.settings)
+        with contextlib.closing(Broker(self.settings)) as broker:
+            self.guarded = broker.guarded()
 
     def _start_gateway(self) -> None:
         self._reporter.say("Starting the gateway …")
@@ -268,12 +274,13 @@ class Stack:
             self._guardian.watch(worker)
 
     def _await_ready(self) -> None:
-        with Client(self.url, timeout_s=READY_TIMEOUT_S) as client:
+        alone = contextlib.closing(Broker(self.settings, patience_s=0.0))
+        with Client(self.url, timeout_s=READY_TIMEOUT_S) as client, alone as broker:
             while True:
                 self.check()
                 if client.ready() is None:
-                    with contextlib.suppress(ClientError):
-                        if any(worker.state != "loading" for worker in client.workers()):
+                    with contextlib.suppress(RedisUnavailable):
+                        if any(worker.state != "loading" for worker in broker.workers()):
                             return
                     self._reporter.waiting("the worker loads its model")
                 else:

@@ -52,10 +52,12 @@ enter(id, task.queue)
 redis.call('RPUSH', list, id)
 redis.call('ZADD', K.OPEN, now, id)
 if deadline > 0 then redis.call('ZADD', K.DEADLINES, deadline, id) end
-local mine = K.TENANT_TASKS .. task.tenant
-redis.call('ZADD', mine, now, id)
-redis.call('ZREMRANGEBYSCORE', mine, 0, now - K.TOMBSTONE_FACTOR * retention_ms)
-redis.call('PEXPIRE', mine, K.TOMBSTONE_FACTOR * retention_ms)
+for _, whose in ipairs({task.tenant, '*'}) do
+  local listed = K.TENANT_TASKS .. whose
+  redis.call('ZADD', listed, now, id)
+  redis.call('ZREMRANGEBYSCORE', listed, 0, now - K.TOMBSTONE_FACTOR * retention_ms)
+  redis.call('PEXPIRE', listed, K.TOMBSTONE_FACTOR * retention_ms)
+end
 if task.idempotency ~= '' then
   redis.call('HSET', idempotency_key, 'id', id, 'body', task.body_hash)
   redis.call('EXPIRE', idempotency_key, K.IDEMPOTENCY_TTL_S)

@@ -14,6 +14,7 @@ from flask import Response, request
 from flask_openapi3.types import ResponseDict
 from pydantic import AfterValidator, BaseModel, Field
 
+from common.apikeys import EVERYBODY, TENANT
 from common.errors import (
     AlreadyFinal,
     Forbidden,
@@ -65,6 +66,12 @@ def _visible(key: str) -> str:
     return key
 
 
+def _whose(tenant: str) -> str:
+    if tenant != EVERYBODY and not TENANT.fullmatch(tenant):
+        raise ValueError("must be a tenant's name, of a-z, 0-9 and -, or * for all")
+    return tenant
+
+
 class SubmitHeader(Header):
     """Headers of a submit."""
 
@@ -97,6 +104,9 @@ class ListQuery(Query):
     status: TaskStatus | None = Field(None, description="Only tasks in this state.")
     limit: int = Field(50, ge=1, le=PAGE_MAX)
     cursor: str | None = Field(None, description="`next_cursor` of the page before.")
+    tenant: Annotated[str, AfterValidator(_whose)] | None = Field(
+        None, description="With the admin scope: whose tasks, by name; `*` for all. Left out: your own."
+    )
 
 
 def create(gateway: Gateway) -> Api:
@@ -116,6 +126,7 @@ def _add_submit(api: Api, gateway: Gateway) -> None:
     )  # fmt: skip
 
     @api.post("/api/submit", responses={"202": SubmitAnswer, **problems.documented(*refusals)})
+    @admission.submits
     def submit(body: GenerateRequest, form: SubmitForm, header: SubmitHeader) -> Response:
         """Submit a prompt. Answers at once; the pictures come later, under `status_url`."""
         accepted = gateway.tasks.submit(
@@ -156,13 +167,17 @@ def _add_status(api: Api, gateway: Gateway) -> None:
 
 
 def _add_list(api: Api, gateway: Gateway) -> None:
-    @api.get("/api/tasks", responses={"200": TaskPage, **problems.documented(InvalidRequest, RedisUnavailable)})
+    refusals = (InvalidRequest, Forbidden, RedisUnavailable)
+
+    @api.get("/api/tasks", responses={"200": TaskPage, **problems.documented(*refusals)})
     def tasks(query: ListQuery) -> Response:
         """List your tasks, newest first."""
         before = parse_cursor(query.cursor) if query.cursor is not None else None
-        found, then = gateway.tasks.page(
-            admission.caller().tenant, status=query.status, limit=query.limit, before=before
-        )
+        caller = admission.caller()
+        tenant = query.tenant or caller.tenant
+        if not caller.may_see(tenant):
+            raise Forbidden("the tasks of other tenants are for keys with the admin scope; leave `tenant` out")
+        found, then = gateway.tasks.page(tenant, status=query.status, limit=query.limit, before=before)
         return json_answer(TaskPage(tasks=found, next_cursor=then and render_cursor(then)), headers=NO_STORE)
 
 

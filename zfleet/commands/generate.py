@@ -108,9 +108,8 @@ def _keep(url: str, path: Path) -> None:
 def _cancel(url: str, task_id: str) -> str:
     """Cancel over a connection of its own, as the other may be in the middle of an answer; return what came of it."""
     from common.errors import ClientError
-    from zfleet.client import Client
 
-    with Client(url, timeout_s=CANCEL_TIMEOUT_S) as client:
+    with options.connect(url, timeout_s=CANCEL_TIMEOUT_S) as client:
         try:
             client.cancel(task_id)
         except ClientError as error:

@@ -33,7 +33,8 @@ DEMO_OUT = Path("out/demo.webp")
 @click.option("--workers", type=click.IntRange(min=1), help="So many; else one per GPU, or one on the CPU.")
 @click.option("--host", help="The gateway listens here; else ZFLEET_HOST.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The gateway's port; else ZFLEET_PORT.")
-def up(model: str | None, workers: int | None, host: str | None, port: int | None) -> None:
+@options.insecure
+def up(model: str | None, workers: int | None, host: str | None, port: int | None, insecure: bool | None) -> None:
     """Run everything here, until Ctrl-C.
 
     Redis (unless ZFLEET_REDIS_URL is set), the gateway and the workers.
@@ -43,7 +44,7 @@ def up(model: str | None, workers: int | None, host: str | None, port: int | Non
     from zfleet.interrupts import Interrupts
     from zfleet.stack import Stack
 
-    flags = {"models": model, "host": host, "port": port}
+    flags = {"models": model, "host": host, "port": port, "insecure": insecure}
     if workers is not None:
         flags |= _placement(load_settings(flags), workers)
     lines = Lines()
@@ -75,7 +76,8 @@ def demo(prompt: str, out: Path, model: str) -> None:
     image_format = _require_target(out)
     lines = Lines()
     folder = tempfile.mkdtemp(prefix="zfleet-demo-")
-    plain = {"storage": "local", "x_accel": "", "dialects": "native"}  # whatever this machine's fleet is set to
+    # whatever this machine's fleet is set to
+    plain = {"host": "127.0.0.1", "storage": "local", "x_accel": "", "dialects": "native"}
     try:
         settings = load_settings({"models": model, "data_dir": folder, **plain})
         with Interrupts() as interrupts:
@@ -148,13 +150,14 @@ def _welcome(stack: Stack) -> str:
     settings = stack.settings
     body = """'{"prompt": "a red circle"}'"""
     url = "" if settings.url == Settings.model_fields["url"].default else f" --url {settings.url}"
+    key = ' -H "Authorization: Bearer $ZFLEET_API_KEY"' if stack.guarded else ""
     return f"""
 zfleet is up: {", ".join(settings.models)}
   API    {settings.url}   (its pages: /docs)
   Redis  {mask_url(settings.redis_url)}
   Data   {settings.data_dir}   (logs: {stack.log_dir})
 
-  curl -s {settings.url}/api/submit -H 'Content-Type: application/json' -d {body}
+  curl -s {settings.url}/api/submit{key} -H 'Content-Type: application/json' -d {body}
   {_program()} generate "a red circle" -o circle.webp{url}
 
 Ctrl-C stops it."""

@@ -18,6 +18,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 Option = Callable[[F], F]
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+insecure = click.option(
+    "--insecure", is_flag=True, default=None, help="While there are no API keys, serve other machines too."
+)
 gateway_url = click.option("--url", metavar="URL", help="The gateway; else ZFLEET_URL.")
 
 
@@ -101,12 +104,14 @@ def request(command: F) -> F:
     return command
 
 
-def connect(url: str | None) -> Client:
-    """Return a client of the gateway that the flag or the settings name."""
+def connect(url: str | None, **more: Any) -> Client:
+    """Return a client of the gateway that the flag or the settings name, with ZFLEET_API_KEY."""
     from common.settings import load_settings
     from zfleet.client import Client
 
-    return Client(load_settings({"url": url}).url)
+    settings = load_settings({"url": url})
+    key = settings.api_key
+    return Client(settings.url, api_key=key.get_secret_value() if key else None, **more)
 
 
 def print_json(value: BaseModel | Sequence[BaseModel]) -> None:

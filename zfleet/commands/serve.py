@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zfleet.commands import options
+
 if TYPE_CHECKING:
     from common.settings import Settings
 
@@ -16,9 +18,14 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--host", help="Listen here; else ZFLEET_HOST.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen here; else ZFLEET_PORT.")
-def gateway(host: str | None, port: int | None) -> None:
-    """Run the gateway (gunicorn), in the foreground."""
-    settings = _settings({"host": host, "port": port}, extra="gateway", module="gunicorn")
+@options.insecure
+def gateway(host: str | None, port: int | None, insecure: bool | None) -> None:
+    """Run the gateway (gunicorn), in the foreground.
+
+    Beyond loopback it listens only once there are API keys; see `zfleet keys`.
+    """
+    flags = {"host": host, "port": port, "insecure": insecure}
+    settings = _settings(flags, extra="gateway", module="gunicorn")
     from zfleet.machine import gateway_command
 
     _become([*gateway_command(), "gateway.wsgi:app"], settings)
