@@ -71,12 +71,15 @@ def key_id(context: click.Context, parameter: click.Parameter, value: str) -> st
     return value
 
 
-@click.group()
-def keys() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def keys(context: click.Context) -> None:
     """API keys: who may use this fleet, and how much.
 
     They are kept on Redis (ZFLEET_REDIS_URL). Once the first is made, nobody is served without one.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @keys.command()

@@ -11,8 +11,8 @@ from tests.conftest import resolved
 
 
 def test_a_handle_is_known_from_a_picture() -> None:
-    handle = inputs.new_handle()
-    assert inputs.is_handle(handle) and handle != inputs.new_handle()
+    handle = inputs.new_handle("acme")
+    assert inputs.is_handle(handle) and handle != inputs.new_handle("acme")
     for text in ("", handle[:-1], handle + "0", handle.upper(), f"../{handle}", handle + "\n"):
         assert not inputs.is_handle(text)
     assert inputs.storage_key(handle) == f"inputs/{handle}.png"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.schemas import GenerateRequest
-from common.settings import Settings
+from common.settings import Settings, child_environment, load_settings
 from tests.servers import free_port
 from tests.unit.zfleet.stub import PIXELS, TASK, Reply, StubGateway, accepted, problem, view
 from zfleet import cli, pictures
@@ -309,6 +310,33 @@ def test_settings_lists_every_setting_with_its_source(
     assert cli.main(["settings", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} == {f"ZFLEET_{name.upper()}" for name in Settings.model_fields}
+
+
+def test_the_key_is_shown_to_the_gateway_and_masked_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = f"zfk_{'0' * 12}_{'f' * 64}"
+    monkeypatch.setenv("ZFLEET_API_KEY", key)
+    with StubGateway(accepted(), view("running", 1)) as stub:
+        assert cli.main(["generate", "x", "--timeout", "0.3", "-o", "x.png", "--url", stub.url]) == 1
+    assert stub.asked[-1].path == f"/api/cancel/{TASK}"
+    assert {asked.headers.get("Authorization") for asked in stub.asked} == {f"Bearer {key}"}
+    for line in (["settings"], ["settings", "--json"], ["queue", "--url", "http://127.0.0.1:1"]):
+        cli.main(line)
+    out, err = capsys.readouterr()
+    assert key not in out + err
+    assert re.search(r"ZFLEET_API_KEY +\*+ +environment", out)
+
+
+def test_children_are_not_given_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZFLEET_API_KEY", "zfk_secret")
+    monkeypatch.setenv("zfleet_api_key", "zfk_secret")
+    settings = load_settings({"port": 1})
+    assert settings.api_key is not None
+    environment = child_environment(settings)
+    assert "zfk_secret" not in environment.values()
+    assert not [name for name in environment if name.upper() == "ZFLEET_API_KEY"]
+    assert environment["ZFLEET_PORT"] == "1"
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

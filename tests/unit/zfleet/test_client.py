@@ -285,3 +285,37 @@ def test_the_environments_proxy_is_not_asked_for_loopback(monkeypatch: pytest.Mo
     monkeypatch.delenv("no_proxy", raising=False)
     with StubGateway(view("running")) as stub, Client(stub.url) as client:
         assert client.status(TASK).status == "running"
+
+
+KEY = f"zfk_{'0' * 12}_{'f' * 64}"
+
+
+def test_the_key_is_shown_to_the_gateway_and_to_nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password other\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    with StubGateway(Reply(body=PIXELS)) as elsewhere:
+        away = Reply(status=302, body=b"", headers={"Location": f"{elsewhere.url}/bucket"})
+        with StubGateway(view("queued"), away) as stub, Client(stub.url, api_key=f" {KEY}\n") as client:
+            client.status(TASK)
+            assert client.fetch("/view/x/0.webp") == PIXELS
+            assert client.fetch(f"{elsewhere.url}/direct") == PIXELS
+        assert [asked.headers.get("Authorization") for asked in stub.asked] == [f"Bearer {KEY}"] * 2
+        assert KEY not in str([asked.headers for asked in elsewhere.asked])
+    with StubGateway(view("queued")) as stub, Client(stub.url) as client:
+        client.status(TASK)
+    assert "Authorization" not in stub.asked[0].headers
+
+
+def test_an_answer_that_wants_a_key_names_the_setting() -> None:
+    with StubGateway(problem(401, "unauthenticated", "this call needs an API key")) as stub, Client(stub.url) as client:
+        with pytest.raises(Refused, match=r"needs an API key; set ZFLEET_API_KEY"):
+            client.status(TASK)
+        assert len(stub.asked) == 1, "asking again does not help"
+
+
+@pytest.mark.parametrize("key", ["zfk_ä", "zfk\r\nX-Evil: 1", "\x00"])
+def test_what_can_be_no_key_is_told_before_it_is_sent(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="ZFLEET_API_KEY") as caught:
+        Client("http://127.0.0.1:1", api_key=key)
+    assert key not in caught.value.message
