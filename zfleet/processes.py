@@ -100,13 +100,14 @@ class Child:
 class Guardian:
     """Our end of the guardian process, which stops our children should we be killed."""
 
-    def __init__(self, *, pass_fds: Sequence[int] = ()) -> None:
-        """`pass_fds` stay open until the guardian has done its work, as a lock has to."""
+    def __init__(self, *, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()) -> None:
+        """`env` is its environment (None: ours); `pass_fds` stay open until it has done its work, as a lock has to."""
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(guardian.__file__))],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=env,
             pass_fds=pass_fds,
             start_new_session=True,
             text=True,

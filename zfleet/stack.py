@@ -179,7 +179,7 @@ class Stack:
         except OSError as error:
             raise ConfigurationError(f"ZFLEET_DATA_DIR {self.settings.data_dir}: {error.strerror}") from None
         with self._interrupts.held():
-            self._guardian = Guardian(pass_fds=[self._lock.fileno()])
+            self._guardian = Guardian(env=child_environment(self.settings), pass_fds=[self._lock.fileno()])
         self._start_redis()
         self._require_keys()
         self._open_port()
