@@ -31,7 +31,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     app = OpenAPI(
         __name__,
         info=Info(title="zfleet", version=VERSION, description="Text to image on a fleet of GPUs."),
-        security_schemes={},  # left out, it would be drawn as null, which OpenAPI does not allow
+        security_schemes=docs.SCHEMES,
         validation_error_model=Problem,
         validation_error_status=problems.DEFAULT,
         doc_ui=False,
