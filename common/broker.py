@@ -1,5 +1,5 @@
 """The task's life on Redis: submit, claim, beat, progress, finish, release, cancel and reap. Views are FleetView's,
-API keys are Keyring's, and rates RateLimits'.
+API keys are Keyring's, rates RateLimits', and what webhooks are told is Outbox's.
 
 Every transition is one Lua script of `lua/`: atomic, and safe to send twice. All methods raise RedisUnavailable when
 Redis stays away longer than the broker's patience.
@@ -15,16 +15,16 @@ import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-import redis
 from pydantic import ValidationError
 
 from common import keys
 from common.cards import WorkerCard
-from common.connection import transient
+from common.connection import hear
 from common.errors import RedisUnavailable
 from common.fleetview import FleetView
 from common.keyring import Keyring
 from common.link import BELL_WAIT_S
+from common.outbox import Outbox
 from common.ratelimit import RateLimits
 from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed, refusal, seconds
 from common.schemas import ImageRef, StageTimings, TaskError
@@ -37,7 +37,7 @@ RECONCILE_GRACE_S = 5.0
 LONGEST_BOUND_S = 1e9  # a script cannot read infinity
 
 
-class Broker(FleetView, Keyring, RateLimits):
+class Broker(FleetView, Keyring, RateLimits, Outbox):
     """One process's way to Redis. Safe to share between threads and greenlets."""
 
     # The gateway's side
@@ -137,14 +137,9 @@ class Broker(FleetView, Keyring, RateLimits):
     def wait(self, models: Sequence[str], timeout_s: float = BELL_WAIT_S) -> bool:
         """Block until the bell rings for one of these models, a second at most; return whether it rang.
 
-        Unlike the other calls this one does not retry: it raises RedisUnavailable at once, and the caller loops anyway.
+        Unlike the other calls this one does not retry: it raises RedisUnavailable at once.
         """
-        try:
-            return self._bell.blpop([keys.BELL + model for model in models], timeout=timeout_s) is not None
-        except redis.RedisError as error:
-            if transient(error):
-                raise RedisUnavailable("Redis went away while waiting for work") from error
-            raise
+        return hear(self._bell, [keys.BELL + model for model in models], timeout_s)
 
     def beat(self, card: WorkerCard, holds: Sequence[Hold], rq_ttl_s: int) -> tuple[bool, list[Verdict]]:
         """Renew the leases of `holds`; return whether RQ still knows the worker, and a verdict for each hold."""

@@ -140,6 +140,19 @@ def run_scripts(send: Send, calls: Sequence[tuple[Script, Command]]) -> tuple[li
     return replies[len(loads) :], history
 
 
+def hear(client: Client, bells: Sequence[str], timeout_s: float) -> bool:
+    """Block until one of these lists has a token, and take it; return whether one had.
+
+    Does not retry: it raises RedisUnavailable at once, and the caller loops anyway.
+    """
+    try:
+        return client.blpop(list(bells), timeout=timeout_s) is not None
+    except redis.RedisError as error:
+        if transient(error):
+            raise RedisUnavailable("Redis went away while waiting for work") from error
+        raise
+
+
 def messages(client: Client, channels: Sequence[str], stop: Callable[[], bool]) -> Iterator[str | None]:
     """Yield what is published, until `stop`; None once a (re-)subscription stands, as things may have been missed.
 

@@ -30,6 +30,7 @@ API_KEYS = "zf:keys"  # set of ids: there as soon as a key was ever made    keyr
 SHARES = "zf:shares"  # hash tenant -> its share of the GPUs, where that is not 1    keyring
 SECRETS = "zf:secrets"  # hash purpose -> what all gateways sign with alike    keyring
 RATES = "zf:rates"  # + :…:key id: how far ahead of its rate a key is    ratelimit (throttled-py names the rest)
+SECRET_BEFORE = ":before"  # after a purpose: the secret before, and until when it is good, ms    rotate_secret
 QUEUED_OF = "zf:queued:"  # + key id: its tasks that stand in line, a set    submit, requeue; claim and the ends remove
 RUNNING_OF = "zf:running:"  # + key id: its tasks on GPUs, a set    claim; what ends an attempt removes
 PARKED = "zf:parked:"  # + key id: queues that wait until one of its runs ends, a set   claim; what ends a run removes
@@ -43,6 +44,12 @@ RECONCILED = "zf:reconciled"  # there while the last reconciliation is fresh    
 WORKERS = "zf:workers"  # zset worker name -> last beat, ms      beat
 CARD = "zf:card:"  # + worker: how it describes itself, JSON     beat
 PROBE = "zf:probe"  # proves that Redis takes writes        ready
+DELIVERIES = "zf:deliveries"  # zset of ids of webhooks' deliveries that are not settled -> when to look at them, ms:
+#   +inf in its queue, else its next try or the end of its lease    announce (_shared), deliver_take, deliver_settle
+TO_DELIVER = "zf:deliveries:ready"  # zset of tenants with deliveries in line -> their last turn, ms    the same
+DELIVER_BELL = "zf:deliveries:bell"  # list of wake-ups    the same; couriers pop
+DELIVER_TAKEN = "zf:deliveries:taken:"  # + courier: what it took last, so that a re-sent take gives the same
+DELIVER_MENDED = "zf:deliveries:mended"  # there while the last look for lost ones is fresh    deliver_mend
 ENDS = "zf:ends"  # channel: "<id> <final state> <step> <steps>"    whatever makes a task final
 STEPS = "zf:steps"  # channel: the same of all that happens before  progress, claim, and what puts a task back
 
@@ -54,9 +61,11 @@ RQ_STARTED = "rq:wip:"  # + queue: zset id:attempt   claim; finish, release, rea
 RQ_FINISHED = "rq:finished:"  # + queue              finish
 RQ_FAILED = "rq:failed:"  # + queue                  finish, reap, expire, view, claim (forged jobs)
 RQ_CANCELED = "rq:canceled:"  # + queue              cancel, finish
+RQ_SCHEDULED = "rq:scheduled:"  # + queue: zset of deliveries -> next try, s    deliver_settle; deliver_take removes
 RQ_WORKER = "rq:worker:"  # + worker: hash           RQ's registration; claim, finish, beat keep it current
 RQ_WORKERS = "rq:workers"  # set of worker keys       RQ's registration; reap removes the dead
 RQ_WORKERS_OF = "rq:workers:"  # + queue: likewise
+WEBHOOK_QUEUE = "webhooks."  # + tenant: the queue of its webhooks' deliveries
 RQ_SUSPENDED = "rq:suspended"  # set by `rq suspend`; claim obeys
 
 # Times to live

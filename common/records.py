@@ -17,6 +17,7 @@ from common.inputs import steps_done
 from common.schemas import (
     PRIORITIES,
     Attempt,
+    Delivery,
     ImageRef,
     ResolvedRequest,
     StageTimings,
@@ -124,6 +125,33 @@ class Tally(NamedTuple):
     retry_after_s: float
 
 
+class Errand(NamedTuple):
+    """A delivery that a courier has under way, under the fence of this try. `tries` counts this one."""
+
+    delivery_id: str
+    task_id: str
+    event: str
+    fence: int
+    tries: int
+    tenant: str
+    made_at: datetime
+
+
+class Errands(NamedTuple):
+    """What a courier took, and whether more stands in line."""
+
+    taken: Sequence[Errand]
+    left: bool
+
+
+class WebhookSecrets(NamedTuple):
+    """What a tenant's deliveries are signed with: one secret and, for a day, the one before it as well."""
+
+    current: bytes
+    previous: bytes | None = None
+    previous_until: datetime | None = None
+
+
 class Event(NamedTuple):
     """Something happened to a task: a state's name, or `progress`."""
 
@@ -151,6 +179,31 @@ def claimed(row: list[Any]) -> Claimed:
     )
 
 
+def errand(row: list[Any]) -> Errand:
+    delivery_id, task_id, event, fence, tries, tenant, made_at = row
+    return Errand(delivery_id, task_id, event, fence, tries, tenant, datetime.fromtimestamp(made_at / 1000, UTC))
+
+
+def deliveries(fields: Mapping[str, str]) -> list[Delivery]:
+    """Return the deliveries in a task's record, oldest first."""
+    if not fields.get("webhook"):
+        return []
+    told = {name: json.loads(text) for name, text in fields.items() if name.startswith("delivery:")}
+    return [
+        Delivery(
+            id=f"{fields['id']}-{name.removeprefix('delivery:')}",
+            event=delivery["event"],
+            state=delivery["state"],
+            tries=delivery["tries"],
+            last_status=delivery.get("last_status"),
+            last_error=delivery.get("last_error"),
+            last_try_at=when(delivery.get("last_at")),
+            next_try_at=when(delivery.get("next_at")),
+        )
+        for name, delivery in sorted(told.items(), key=lambda item: item[1]["made_at"])
+    ]
+
+
 def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: float | None) -> TaskRecord:
     attempts = []
     for fence in range(1, int(fields["fence"]) + 1):
@@ -175,6 +228,7 @@ def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: fl
         warnings=json.loads(fields.get("warnings", "[]")),
         stages=StageTimings.model_validate_json(fields["stages"]) if "stages" in fields else None,
         cancel_requested="cancel" in fields,
+        deliveries=deliveries(fields),
         created_at=datetime.fromtimestamp(int(fields["created_at"]) / 1000, UTC),
         started_at=when(fields.get("started_at")),
         finished_at=when(fields.get("finished_at")),
@@ -196,8 +250,8 @@ def task_summary(task_id: str, fields: Sequence[str | None]) -> TaskSummary:
 
 def queue_depth(name: str, queued: int, running: int, created_at: str | None, now_ms: int) -> QueueDepth | None:
     model, priority, tenant = [*name.split(".", 2), "", ""][:3]
-    if priority not in PRIORITIES:
-        return None  # somebody else's RQ queue in the same Redis
+    if priority not in PRIORITIES or not tenant:
+        return None  # of webhooks, or somebody else's RQ queue in the same Redis
     return QueueDepth(
         name=name,
         model=model,

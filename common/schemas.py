@@ -82,6 +82,26 @@ class Webhook(Wire):
     )
 
 
+class Delivery(Stored):
+    """One thing that a webhook is told, and how that went."""
+
+    id: str = Field(description="The `webhook-id` that every try carries.")
+    event: WebhookEvent
+    state: Literal["pending", "delivered", "failed"]
+    tries: int = Field(description="Begun so far.")
+    last_status: int | None = Field(default=None, description="HTTP status of the last answer; null: none came.")
+    last_error: str | None = Field(default=None, description="Why the last try failed.")
+    last_try_at: datetime | None = None
+    next_try_at: datetime | None = Field(default=None, description="Null while a try is under way, and at the end.")
+
+
+class WebhookView(Wire):
+    """What has been told about a task, and what is still to be told."""
+
+    url: str
+    deliveries: Sequence[Delivery]
+
+
 class GenerateRequest(Wire):
     """What a client asks for. Every field but the prompt may be left to the model's defaults."""
 
@@ -229,6 +249,7 @@ class TaskRecord(Wire):
     warnings: Sequence[str] = ()
     stages: StageTimings | None = None
     cancel_requested: bool = False
+    deliveries: Sequence[Delivery] = ()
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -279,6 +300,7 @@ class TaskView(Wire):
     warnings: Sequence[str]
     timings: Timings
     request: ResolvedRequest
+    webhook: WebhookView | None = Field(default=None, description="Null for a task without one.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -10,13 +10,17 @@ SHARED = ("_line.lua", "_shared.lua")  # in front of every transition, in this o
 
 
 def load(head: str) -> Mapping[str, tuple[str, str]]:
-    """Return every transition's source, with `head` and the shared steps in front, and its SHA-1; by name."""
+    """Return every transition's source, with `head` and the shared steps in front, and its SHA-1; by name.
+
+    Steps in `_family.lua` are shared by the transitions called `family_…` only.
+    """
     folder = resources.files("common") / "lua"
-    head += "".join((folder / name).read_text("utf-8") for name in SHARED)
+    texts = {entry.name: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".lua")}
+    head += "".join(texts[name] for name in SHARED)
     scripts = {}
-    for entry in folder.iterdir():
-        name, _, suffix = entry.name.partition(".")
-        if suffix == "lua" and not name.startswith("_"):
-            source = head + entry.read_text("utf-8")
+    for name, text in texts.items():
+        if not name.startswith("_"):
+            name = name.removesuffix(".lua")
+            source = head + texts.get(f"_{name.partition('_')[0]}.lua", "") + text
             scripts[name] = (source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
     return scripts

@@ -18,6 +18,8 @@ from gateway.diskguard import DiskGuard
 from gateway.images import Images
 from gateway.requestlog import RequestLog
 from gateway.tasks import Tasks
+from gateway.webhooks import routes as webhooks
+from gateway.webhooks.targets import Targets
 
 VERSION = "1.0"  # of the API, not of the program
 TASKS = "zfleet.tasks"  # where a server that stops finds what to close, in app.extensions
@@ -47,13 +49,14 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     storage = open_storage(settings)
     disk = DiskGuard(storage, settings)
     pictures = inputs.Inputs(storage, disk, settings)
-    tasks = Tasks(broker, catalogue, disk, pictures)
+    tasks = Tasks(broker, catalogue, disk, pictures, Targets(settings.webhook_allow))
     gateway = Gateway(tasks=tasks, images=Images(storage, settings), catalogue=catalogue)
     app.extensions[TASKS] = gateway.tasks
     _register(app, ops.create(broker, catalogue, disk))
     _register(app, metrics.create(broker))
     _register(app, images.create(gateway.tasks, gateway.images))
     _register(app, inputs.create(pictures))
+    _register(app, webhooks.create(broker))
     for name in settings.dialects:
         _register(app, registry.load(dialects, name).create(gateway))
     docs.install(app)

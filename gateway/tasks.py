@@ -32,6 +32,7 @@ from gateway.admission import Caller
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
 from gateway.waiting import Hub
+from gateway.webhooks.targets import Targets
 
 READS_AT_ONCE = 32  # when thousands wake together, so that they do not use up the connections to Redis
 READ_TURN_S = 30.0  # the longest that one of them stands in line for that
@@ -53,7 +54,15 @@ class Accepted:
 class Tasks:
     """One process's tasks. Every method raises RedisUnavailable when Redis stays away."""
 
-    def __init__(self, broker: Broker, catalogue: Catalogue, disk: DiskGuard, pictures: Inputs) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        catalogue: Catalogue,
+        disk: DiskGuard,
+        pictures: Inputs,
+        targets: Targets = Targets(),  # noqa: B008 - never changed
+    ) -> None:
+        self._targets = targets
         self._broker = broker
         self._catalogue = catalogue
         self._disk = disk
@@ -76,6 +85,8 @@ class Tasks:
         IdempotencyConflict.
         """
         spec = submission.check(request, self._catalogue, caller.priority_max)
+        if request.webhook:
+            self._targets.check(request.webhook.url)
         pictures = self._pictures.look(inputs.named(request), files, caller.tenant)
         live = self._broker.limits(spec.name)
         resolved = submission.resolve(request, spec, pictures, live, caller.priority_max)

@@ -31,7 +31,7 @@ PARTS = {"link", "fleetview", "keyring", "ratelimit", "outbox"}  # of the broker
 KEYS = {"common/broker.py"} | {f"common/{part}.py" for part in PARTS}
 REDIS = {"common/broker.py", "common/connection.py", "worker/gpu_worker.py"}  # the last for RQ's own registration
 RQ = {"worker/gpu_worker.py"}
-STATUS = {"gateway/problems.py", "zfleet/client.py"}  # one gives them, the other reads them
+STATUS = {"gateway/problems.py", "zfleet/client.py", "gateway/webhooks/post.py"}  # one gives them, the others read them
 ENVIRONMENT_CALLS = {"environ", "environb", "getenv", "getenvb", "putenv"}
 REDIS_CALLS = {"execute_command", "evalsha", "register_script", "from_url", "pubsub"}
 ERROR_STATUSES = {status.value for status in HTTPStatus if status >= HTTPStatus.BAD_REQUEST}

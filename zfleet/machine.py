@@ -36,6 +36,11 @@ def worker_command() -> list[str]:
     return [sys.executable, "-m", "worker"]
 
 
+def courier_command() -> list[str]:
+    """Return the command that tells webhooks."""
+    return [sys.executable, "-m", "gateway.webhooks"]
+
+
 def require_packages(settings: Settings) -> None:
     """Say which extra to install before anything starts."""
     wanted = {"gateway": ["gunicorn", "gevent", "flask"], "worker": ["numpy", "PIL"]}

@@ -1,4 +1,4 @@
-"""The local stack: an embedded Redis, the gateway and the workers as child processes of this one."""
+"""The local stack: an embedded Redis, the gateway, webhooks' courier and the workers as child processes of this one."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ COMPLAINT = "zfleet: "  # how every complaint of ours begins
 
 REDIS_GRACE_S = 10.0
 GATEWAY_GRACE_S = 5.0
+COURIER_GRACE_S = 6.0
 LOADING_GRACE_S = 3.0  # a worker that still loads its model has nothing to finish, and may not look up for minutes
 WORKER_MARGIN_S = 15.0  # beyond the drain time
-REDIS_RANK, GATEWAY_RANK, WORKER_RANK = range(3)  # stopped from the highest down: a worker has to hand in its work
+# Stopped from the highest down: a worker has to hand in its work, and then webhooks are told of it.
+REDIS_RANK, GATEWAY_RANK, COURIER_RANK, WORKER_RANK = range(4)
 
 
 class StackFailed(FleetError):
@@ -188,6 +190,7 @@ class Stack:
         self._lock.flush()
         self._trouble = Trouble(self.settings.log_dir or self._logs)
         self._start_gateway()
+        self._start_courier()
         self._start_worker()
 
     def _open_port(self) -> None:
@@ -263,6 +266,9 @@ class Stack:
         number = self._listener.fileno()
         command = [*machine.gateway_command(), "--bind", f"fd://{number}", "gateway.wsgi:app"]
         self._launch(self._child("gateway", command, rank=GATEWAY_RANK, grace_s=GATEWAY_GRACE_S, pass_fds=[number]))
+
+    def _start_courier(self) -> None:
+        self._launch(self._child("webhooks", machine.courier_command(), rank=COURIER_RANK, grace_s=COURIER_GRACE_S))
 
     def _start_worker(self) -> None:
         self._reporter.say(f"Starting the worker for {', '.join(self.settings.models)} …")

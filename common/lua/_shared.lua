@@ -31,12 +31,15 @@ local function publish(id, event, step, steps)
 end
 
 -- One token wakes one worker that waits; a worker that leaves tasks behind rings again for the next.
-local function ring(model)
-  local bell = K.BELL .. model
+local function ring_at(bell)
   if redis.call('LLEN', bell) == 0 then
     redis.call('RPUSH', bell, '1')
     redis.call('EXPIRE', bell, K.BELL_TTL_S)
   end
+end
+
+local function ring(model)
+  ring_at(K.BELL .. model)
 end
 
 -- The tenant stands in line for its share: never before the virtual clock, so that idling earns no credit. Returns whether it
@@ -87,6 +90,30 @@ local function requeue(id, model, priority, tenant, queue)
   ring(model)
 end
 
+-- Puts a delivery into its tenant's queue, at the tail (RPUSH) or the head (LPUSH), and wakes a courier.
+local function queue_delivery(delivery, task_id, tenant, now, push)
+  local queue = K.WEBHOOK_QUEUE .. tenant
+  redis.call('HSETNX', K.RQ_JOB .. delivery, 'created_at', iso(now))
+  redis.call('HSET', K.RQ_JOB .. delivery, 'enqueued_at', iso(now), 'origin', queue, 'status', 'queued', 'timeout', -1,
+    'data', '["zfleet.webhook", null, ["' .. delivery .. '"], {}]', 'description', 'webhook of task ' .. task_id)
+  redis.call('SADD', K.RQ_QUEUES, K.RQ_QUEUE .. queue)
+  redis.call(push, K.RQ_QUEUE .. queue, delivery)
+  redis.call('ZADD', K.DELIVERIES, '+inf', delivery)
+  redis.call('ZADD', K.TO_DELIVER, 'NX', now, tenant)
+  ring_at(K.DELIVER_BELL)
+end
+
+-- Has a task's webhook told of this event, if it asked for that: once of the end, and of each attempt's start.
+local function announce(id, event, now, fence)
+  local r = redis.call('HMGET', K.TASK .. id, 'webhook', 'tenant')
+  if not string.find(r[1] or '', event, 1, true) then return end
+  local name = fence and event .. '-' .. fence or event
+  local delivery = {event = event, state = 'pending', tries = 0, fence = 0, made_at = now, next_at = now}
+  if redis.call('HSETNX', K.TASK .. id, 'delivery:' .. name, cjson.encode(delivery)) == 1 then
+    queue_delivery(id .. '-' .. name, id, r[2], now, 'RPUSH')
+  end
+end
+
 -- Makes a task final. The caller has checked that it is not. `error` is JSON or ''.
 local function settle(id, queue, status, error, now, retention_ms)
   local expires = now + retention_ms
@@ -104,6 +131,7 @@ local function settle(id, queue, status, error, now, retention_ms)
   local registry = REGISTRY[status] .. queue
   redis.call('ZREMRANGEBYSCORE', registry, 0, math.floor(now / 1000))
   redis.call('ZADD', registry, math.floor(expires / 1000), id)
+  announce(id, 'ended', now)
   publish(id, status)
 end
 

@@ -69,6 +69,7 @@ local function take(id, queue, api_key)
   -- +inf keeps RQ's own janitor off a run that our leases watch, while its counts stay right
   redis.call('ZADD', K.RQ_STARTED .. queue, '+inf', id .. ':' .. fence)
   redis.call('HSET', K.RQ_JOB .. id, 'status', 'started', 'started_at', iso(now), 'worker_name', worker)
+  announce(id, 'started', now, fence)
   publish(id, 'running', 0, redis.call('HGET', key, 'steps'))
   return fence
 end

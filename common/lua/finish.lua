@@ -46,6 +46,7 @@ if ARGV[12] == 'again' and (r[1] == 'queued' or r[1] == 'running' and (r[2] ~= f
   local attempt = {worker = ARGV[10], gpu = '', started_at = math.floor(now - ARGV[8])}
   redis.call('HSET', K.TASK .. id, 'worker', ARGV[10], 'started_at', attempt.started_at, 'attempt:' .. fence,
     cjson.encode(attempt))
+  announce(id, 'started', now, fence)
   r[5] = ARGV[10]
 elseif r[2] ~= fence or r[5] ~= ARGV[10] then
   return 'lost'

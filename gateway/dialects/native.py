@@ -45,6 +45,7 @@ from common.schemas import (
     TaskStatus,
     TaskView,
     Timings,
+    WebhookView,
 )
 from gateway import admission, problems, requestlog
 from gateway.api import NO_STORE, Api, Header, Query, TaskPath, json_answer
@@ -219,6 +220,7 @@ def render(record: TaskRecord) -> TaskView:
         ImageView(url=Images.url(record.task_id, index, image), **image.model_dump(exclude={"key"}))
         for index, image in enumerate(record.images)
     ]
+    webhook = record.request.webhook
     return TaskView(
         task_id=record.task_id,
         status=record.status,
@@ -232,6 +234,7 @@ def render(record: TaskRecord) -> TaskView:
         warnings=record.warnings,
         timings=timings,
         request=record.request,
+        webhook=WebhookView(url=webhook.url, deliveries=record.deliveries) if webhook else None,
         created_at=record.created_at,
         started_at=record.started_at,
         finished_at=record.finished_at,

@@ -1,4 +1,4 @@
-"""`zfleet gateway` and `worker`: one part of the fleet, in the foreground."""
+"""`zfleet gateway`, `worker` and `webhooks`: one part of the fleet, in the foreground."""
 
 from __future__ import annotations
 
@@ -43,6 +43,18 @@ def worker(devices: str | None, models: str | None) -> None:
     from zfleet.machine import worker_command
 
     _become(worker_command(), settings)
+
+
+@click.command()
+def webhooks() -> None:
+    """Tell webhooks of their tasks, in the foreground.
+
+    Any number of these may run side by side, anywhere.
+    """
+    settings = _settings({}, extra="gateway", module="standardwebhooks")
+    from zfleet.machine import courier_command
+
+    _become(courier_command(), settings)
 
 
 def _settings(flags: Mapping[str, Any], *, extra: str, module: str) -> Settings:

@@ -1,0 +1,23 @@
+-- Puts back every delivery that should stand in its queue and does not, as after `rq empty`.
+-- ARGV: every_ms (nothing is done if it was done less long ago; 0: always)
+-- Returns the ids put back
+if ARGV[1] ~= '0' and not redis.call('SET', K.DELIVER_MENDED, '1', 'NX', 'PX', ARGV[1]) then return {} end
+local now, standing, back = now_ms(), {}, {}
+for _, delivery in ipairs(redis.call('ZRANGEBYSCORE', K.DELIVERIES, '+inf', '+inf')) do
+  local found = find(delivery)
+  if not found then
+    redis.call('ZREM', K.DELIVERIES, delivery)
+  else
+    if not standing[found.queue] then
+      standing[found.queue] = {}
+      for _, member in ipairs(redis.call('LRANGE', K.RQ_QUEUE .. found.queue, 0, -1)) do standing[found.queue][member] = true end
+    end
+    if standing[found.queue][delivery] then
+      redis.call('ZADD', K.TO_DELIVER, 'NX', now, found.tenant)
+    else
+      queue_again(found, now, 'RPUSH')
+      back[#back + 1] = delivery
+    end
+  end
+end
+return back
