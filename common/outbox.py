@@ -42,7 +42,7 @@ class Outbox(Link):
         return Errands([errand(row) for row in rows], bool(left))
 
     def wait_for_deliveries(self, timeout_s: float = BELL_WAIT_S) -> bool:
-        """Block until there may be something to deliver, a second at most; return whether there may.
+        """Block until something has come into line, a second at most; return whether it has.
 
         Raises RedisUnavailable at once, without another try.
         """

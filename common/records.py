@@ -200,8 +200,12 @@ def deliveries(fields: Mapping[str, str]) -> list[Delivery]:
             last_try_at=when(delivery.get("last_at")),
             next_try_at=when(delivery.get("next_at")),
         )
-        for name, delivery in sorted(told.items(), key=lambda item: item[1]["made_at"])
+        for name, delivery in sorted(told.items(), key=_by_age)
     ]
+
+
+def _by_age(item: tuple[str, Mapping[str, Any]]) -> tuple[int, bool]:
+    return item[1]["made_at"], item[1]["event"] == "ended"  # a start and an end may be of the same millisecond
 
 
 def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: float | None) -> TaskRecord:

@@ -83,6 +83,7 @@ COMMON = sorted(".".join(m.with_suffix("").parts).removesuffix(".__init__") for 
     [
         ("import " + ", ".join(COMMON), MODEL | WEB | {"gateway", "worker", "zfleet", "rq"}),
         ("import gateway.app", MODEL | {"worker", "zfleet", "rq"}),
+        ("import gateway.webhooks.__main__", MODEL | {"worker", "zfleet", "rq", "gunicorn", "gevent"}),
         ("import worker.supervisor, worker.__main__", MODEL | WEB | {"gateway", "zfleet", "rq"}),
         ("import worker.gpu_worker", MODEL | WEB | {"gateway", "zfleet"}),
         ("import worker.pipelines.simulated", MODEL | WEB | {"redis", "rq"}),

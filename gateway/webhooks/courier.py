@@ -37,6 +37,7 @@ AT_ONCE = 32
 MOST_OF_TENANT = 8
 STOP_S = 3.0  # what is under way may end within this, when the courier is stopped
 LOOK_AGAIN_S = 0.2  # for tenants that are not at their most, while others are
+IDLE_S = 1.0  # between looks for what is due, at the longest
 MEND_S = 30.0
 AWAY_S = 1.0  # between looks while Redis is away
 
@@ -101,31 +102,32 @@ class Courier:
                     mend_at = time.monotonic() + MEND_S
                     for delivery_id in self._broker.mend_deliveries(MEND_S / 2):
                         log.warning("webhook_put_back", delivery_id=delivery_id)
-                if self._feed():
-                    self._ended.wait(LOOK_AGAIN_S)
-                else:
-                    self._broker.wait_for_deliveries()
+                self._feed()
             except RedisUnavailable as error:
                 log.warning("redis_away", error=error.message)
                 self._stopping.wait(AWAY_S)
         self._drain()
         log.info("courier_stopped", courier=self.name)
 
-    def _feed(self) -> bool:
-        """Begin as many tries as there is room for; return whether more stands in line."""
+    def _feed(self) -> None:
+        """Begin as many tries as there is room for, and wait until there may be reason to begin others."""
         self._ended.clear()
         with self._lock:
             of_tenants = Counter(errand.tenant for errand in self._under_way)
         room = AT_ONCE - of_tenants.total()
         if room <= 0:
-            return True
+            self._ended.wait(LOOK_AGAIN_S)
+            return
         errands = self._broker.take_deliveries(self.name, room, of_tenants, most=self._most, lease_s=self._lease_s)
         for errand in errands.taken:
             cutoff = Cutoff(self._try_s)
             with self._lock:
                 self._under_way[errand] = cutoff
             threading.Thread(target=self._run_errand, args=(errand, cutoff), daemon=True).start()
-        return errands.left
+        if errands.left:
+            self._ended.wait(LOOK_AGAIN_S)
+        else:
+            self._broker.wait_for_deliveries(IDLE_S)
 
     def _drain(self) -> None:
         until = time.monotonic() + STOP_S
@@ -145,7 +147,7 @@ class Courier:
         began = time.monotonic()
         try:
             with cutoff:
-                verdict = self._try(errand, cutoff)
+                verdict = self._tell(errand, cutoff)
             self._settle(errand, verdict, duration_ms=round((time.monotonic() - began) * 1000, 1))
         except RedisUnavailable as error:
             log.warning("redis_away", error=error.message, delivery_id=errand.delivery_id)  # its lease brings it back
@@ -169,6 +171,15 @@ class Courier:
             error=verdict.error,
             **told,
         )
+
+    def _tell(self, errand: Errand, cutoff: Cutoff) -> Verdict:
+        try:
+            return self._try(errand, cutoff)
+        except RedisUnavailable:
+            raise
+        except Exception as error:  # no message: pydantic's and others' repeat what a client sent
+            log.error("webhook_broke", delivery_id=errand.delivery_id, error=type(error).__name__)
+            return self._failure(errand, error="a fault here; it is in the courier's log")
 
     def _try(self, errand: Errand, cutoff: Cutoff) -> Verdict:
         record = self._broker.view(errand.task_id)

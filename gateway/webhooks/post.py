@@ -132,7 +132,7 @@ class Poster:
                 connection.close()
                 failure = error
             else:
-                connection.sock.settimeout(max(0.001, cutoff.left_s))
+                connection.timeout = max(0.001, cutoff.left_s)  # from here on
                 return connection
         raise failure
 

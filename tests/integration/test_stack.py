@@ -19,13 +19,14 @@ import pytest
 from PIL import Image
 
 from tests.integration.zfleet_command import ROOT, UP_WITHIN_S, Up, assert_gone, environment, zfleet
+from tests.receivers import Receiver
 from tests.servers import RedisServer, eventually
 from worker.pico.judge import judge
 from worker.pico.scenes import Scene, Thing
 from zfleet.commands.local import DEMO_PROMPT
 
 PAIR = Scene((Thing("square", "red", place="left"), Thing("circle", "green", place="right")), "grey")
-PARTS = 4  # guardian, Redis, gateway, worker: what a stack starts itself
+PARTS = 5  # guardian, Redis, gateway, courier, worker: what a stack starts itself
 
 
 @contextlib.contextmanager
@@ -101,7 +102,7 @@ def test_kill_9_leaves_nothing_behind_and_the_next_start_works(tmp_path: Path) -
 
 def test_what_dies_is_started_again(tmp_path: Path) -> None:
     with Up(tmp_path, redis_timeout_s=0.5) as up, up.client() as client:
-        for times, mark in enumerate(("redis-server", "gunicorn", "-m worker"), 1):
+        for times, mark in enumerate(("redis-server", "gunicorn", "gateway.webhooks", "-m worker"), 1):
             done = client.generate("x").view.task_id
             victim = up.member(mark)
             victim.kill()
@@ -112,6 +113,14 @@ def test_what_dies_is_started_again(tmp_path: Path) -> None:
             assert client.status(done).status == "succeeded"
         family = up.family()
     assert_gone(family, within_s=0)
+
+
+def test_webhooks_are_told(tmp_path: Path) -> None:
+    with Receiver() as receiver, Up(tmp_path, webhook_allow=receiver.netloc) as up, up.client() as client:
+        task_id = client.submit("x", webhook={"url": receiver.url}).task_id
+        eventually(lambda: receiver.heard)
+        assert receiver.heard[0].told["data"]["task_id"] == task_id
+        eventually(lambda: client.status(task_id).webhook.deliveries[0].state == "delivered")
 
 
 @pytest.mark.parametrize(

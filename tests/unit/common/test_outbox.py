@@ -259,11 +259,11 @@ def test_rq_empty_loses_no_delivery(broker: Broker, submit: SubmitFn, redis: Red
     (under_way,) = take(broker, room=1)
     assert queue_of(redis).empty() == 2
     assert not take(broker)
-    assert broker.mend_deliveries() == ids[1:]
+    assert sorted(broker.mend_deliveries()) == sorted(ids[1:])
     assert broker.mend_deliveries() == []
-    assert queue_of(redis).job_ids == ids[1:]
+    assert sorted(queue_of(redis).job_ids) == sorted(ids[1:])
     assert Job.fetch(ids[1], connection=redis, serializer=JSONSerializer).args == [ids[1]]
-    assert [errand.delivery_id for errand in take(broker)] == ids[1:]
+    assert {errand.delivery_id for errand in take(broker)} == set(ids[1:])
     assert broker.settle_delivery("c1", under_way, "delivered") == "ok"
 
 

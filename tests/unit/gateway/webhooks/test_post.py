@@ -147,6 +147,12 @@ def test_one_that_hangs_is_cut_off(receiver: Receiver) -> None:
     assert time.monotonic() - began < 2
 
 
+def test_an_answer_may_take_longer_than_a_connection(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.webhooks.post.CONNECT_S", 0.2)
+    receiver.behaviour = lambda handler: (time.sleep(0.5), handler.answer())[1]
+    assert post(receiver).accepted
+
+
 def test_one_that_shakes_no_hands_is_cut_off(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, Cutoff(0.3) as cutoff:
         target = Target("https", HOST, silent.getsockname()[1], "/", True)
