@@ -81,11 +81,11 @@ class Targets:
             parts = Url(url)
         except ValidationError:
             raise Refused(REMEDY) from None
-        if parts.scheme not in ("https", "http") or not parts.host or not parts.port:
+        host = (parts.host or "").rstrip(".")
+        if parts.scheme not in ("https", "http") or not host or not parts.port:
             raise Refused(REMEDY)
         if parts.username or parts.password:
             raise Refused(f"{REMEDY}; put a token into the path or the query instead")
-        host = parts.host.rstrip(".")
         allowed = not self._allowed.isdisjoint({(host, None), (host, parts.port)})
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         target = Target(parts.scheme, host, parts.port, path, allowed)

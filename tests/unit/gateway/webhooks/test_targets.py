@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import ConfigurationError, InvalidRequest
 from gateway.webhooks.targets import Refused, Target, Targets, public
@@ -59,6 +62,7 @@ WRONG = [
     "", "hooks.example", "//hooks.example/", "ftp://hooks.example/", "file:///etc/passwd", "http://hooks.example/",
     "https://", "https://user@hooks.example/", "https://:password@hooks.example/", "https://hooks.example:0/",
     "https://hooks.example:99999/", "https://ex ample/", "https://[fe80::1%25eth0]/", "https://1.2.3.4.5/",
+    "https://./", "https://.../",
     "javascript:alert(1)", "https://\x00/", "gopher://hooks.example:70/_",
 ]  # fmt: skip
 
@@ -68,6 +72,15 @@ def test_what_is_no_https_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^webhook\.url: must be an https URL") as refused:
         OPEN.check(url)
     assert "password" not in str(refused.value) or "without user or password" in str(refused.value)
+
+
+@given(st.text(max_size=40), st.sampled_from(["", "https://", "https://h.example:", "https://[", "https://0x"]))
+def test_whatever_is_sent_is_read_or_refused(text: str, head: str) -> None:
+    with contextlib.suppress(Refused):
+        target = OPEN.parse(head + text)
+        assert target.scheme == "https" and target.host and target.host.isascii() and target.path.isascii()
+        assert not {"\r", "\n", " "} & set(target.netloc + target.path)
+        assert target.address is None or public(target.address)
 
 
 def test_what_the_operator_names_may_be_inside_and_http() -> None:
