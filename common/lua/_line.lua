@@ -9,15 +9,22 @@ local ROUNDED = 1e-3 -- of a quantum, which a mean may be above what it stands f
 
 -- The books
 
+-- Of an entry in the books: cost, tasks, pictures.
+local function read(entry)
+  local cost, tasks, pictures = string.match(entry or '0 0 0', '(%S+) (%S+) (%S+)')
+  return tonumber(cost), tonumber(tasks), tonumber(pictures)
+end
+
+local function book(queue, cost, tasks, pictures)
+  redis.call('HSET', K.BACKLOG, queue, string.format('%.17g %d %d', cost, tasks, pictures))
+end
+
 -- A task is about to be pushed to its queue. Of an empty queue the books know nothing: `rq empty` tells nobody.
 local function enter(id, queue)
   local r = redis.call('HMGET', K.TASK .. id, 'key', 'cost', 'n')
-  if redis.call('LLEN', K.RQ_QUEUE .. queue) == 0 then
-    redis.call('HSET', K.BACKLOG, queue, r[2], queue .. ':n', r[3])
-  else
-    redis.call('HINCRBYFLOAT', K.BACKLOG, queue, r[2])
-    redis.call('HINCRBY', K.BACKLOG, queue .. ':n', r[3])
-  end
+  local known = redis.call('EXISTS', K.RQ_QUEUE .. queue) == 1 and redis.call('HGET', K.BACKLOG, queue)
+  local cost, tasks, pictures = read(known)
+  book(queue, cost + r[2], tasks + 1, pictures + r[3])
   if r[1] and r[1] ~= '' then redis.call('SADD', K.QUEUED_OF .. r[1], id) end
 end
 
@@ -25,11 +32,11 @@ end
 -- no record was never in the books.
 local function leave(id, queue, found)
   local r = redis.call('HMGET', K.TASK .. id, 'key', 'cost', 'n')
-  if redis.call('LLEN', K.RQ_QUEUE .. queue) == 0 then
-    redis.call('HDEL', K.BACKLOG, queue, queue .. ':n')
+  if redis.call('EXISTS', K.RQ_QUEUE .. queue) == 0 then
+    redis.call('HDEL', K.BACKLOG, queue)
   elseif found and r[2] then
-    redis.call('HINCRBYFLOAT', K.BACKLOG, queue, -r[2])
-    redis.call('HINCRBY', K.BACKLOG, queue .. ':n', -r[3])
+    local cost, tasks, pictures = read(redis.call('HGET', K.BACKLOG, queue))
+    if tasks > 1 then book(queue, cost - r[2], tasks - 1, pictures - r[3]) end
   end
   if r[1] and r[1] ~= '' then redis.call('SREM', K.QUEUED_OF .. r[1], id) end
 end
@@ -74,23 +81,22 @@ local function precedes(a, b)
   return #a < #b
 end
 
--- Of each of these tenants' queues: tasks, mean cost, mean pictures and share. What is in no book counts like `own`.
+-- Of each of these tenants' queues: tasks, mean cost, mean pictures and share. A task that is in no book counts like `own`.
 local function queues_of(line, tenants, own)
   if #tenants == 0 then return {} end
-  local fields = {}
-  for i, tenant in ipairs(tenants) do
-    fields[2 * i - 1], fields[2 * i] = line .. '.' .. tenant, line .. '.' .. tenant .. ':n'
-  end
-  local books = redis.call('HMGET', K.BACKLOG, unpack(fields))
+  local names, queues = {}, {}
+  for i, tenant in ipairs(tenants) do names[i] = line .. '.' .. tenant end
+  local books = redis.call('HMGET', K.BACKLOG, unpack(names))
   local shares = redis.call('HMGET', K.SHARES, unpack(tenants))
-  local queues = {}
-  for i, tenant in ipairs(tenants) do
-    local depth = redis.call('LLEN', K.RQ_QUEUE .. line .. '.' .. tenant)
-    local cost, pictures = tonumber(books[2 * i - 1] or 0), tonumber(books[2 * i] or 0)
-    local known = depth > 0 and cost > 0 and pictures > 0
+  for i in ipairs(tenants) do
+    local cost, tasks, pictures = read(books[i])
+    if tasks == 0 then
+      tasks = redis.call('LLEN', K.RQ_QUEUE .. names[i])
+      cost, pictures = own.cost * tasks, own.n * tasks
+    end
     queues[i] = {
-      depth = depth, share = tonumber(shares[i] or 1), cost = known and cost / depth or own.cost,
-      pictures = known and pictures / depth or own.n,
+      tasks = tasks, share = tonumber(shares[i] or 1), cost = tasks > 0 and cost / tasks or own.cost,
+      pictures = tasks > 0 and pictures / tasks or own.n,
     }
   end
   return queues
@@ -105,7 +111,7 @@ end
 local function earlier(queue, first, other, tenant, start)
   local gap = (start - first) / charge(queue.cost, queue.share)
   local tasks = precedes(other, tenant) and math.floor(gap) + 1 or math.ceil(gap)
-  return math.max(0, math.min(queue.depth, tasks))
+  return math.max(0, math.min(queue.tasks, tasks))
 end
 
 -- Adds what other tenants' tasks start before the task, of `found` (tenant, virtual start …), of which there are `total`;
@@ -119,7 +125,7 @@ local function add(sum, line, found, total, own, start)
   end
   local more = #tenants > 0 and total / #tenants or 1
   for i, queue in ipairs(queues_of(line, tenants, own)) do
-    local tasks = start and earlier(queue, firsts[i], tenants[i], own.tenant, start) or queue.depth
+    local tasks = start and earlier(queue, firsts[i], tenants[i], own.tenant, start) or queue.tasks
     sum.tasks = sum.tasks + more * tasks
     sum.pictures = sum.pictures + more * tasks * queue.pictures
     sum.cost = sum.cost + more * tasks * queue.cost
