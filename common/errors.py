@@ -82,6 +82,25 @@ class TaskExpired(FleetError):
     code = "task_expired"
 
 
+class TaskFailed(FleetError):
+    """Raised by a call that answers with pictures when its task ended without any."""
+
+    code = "task_failed"
+
+
+class TaskCanceled(FleetError):
+    """Raised by a call that answers with pictures when somebody canceled its task meanwhile."""
+
+    code = "task_canceled"
+
+
+class TaskUnfinished(FleetError):
+    """Raised by a call that answers with pictures when it has waited as long as it may. The task goes on."""
+
+    code = "task_unfinished"
+    retryable = True
+
+
 class AlreadyFinal(FleetError):
     """Raised when a task that has already ended is asked to change."""
 

@@ -17,6 +17,8 @@ from common.models import SIZE_MULTIPLE, Catalogue, load_catalogue
 PREFIX = "ZFLEET_"
 SECRET = "api_key"  # the one setting that is one
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
+_ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,64}=[^=]+")
+_ADDRESS = re.compile(r"https?://[^\s/?#]+[^\s?#]*")
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -34,6 +36,7 @@ class Settings(BaseSettings):
     url: str = Field("http://127.0.0.1:8080", description="where the CLI and the Python client find the gateway")
     host: str = Field("127.0.0.1", description="the gateway listens here")
     port: int = Field(8080, ge=0, le=65535)
+    public_url: str = Field("", description="the gateway's address in links to pictures; unset: as a request names it")
     api_key: SecretStr | None = Field(None, description="what the CLI and the Python client show the gateway")
     insecure: bool = Field(False, description="while no API key was made, serve other machines too")
     data_dir: Path = Field(Path("~/.zfleet"), description="results and the embedded Redis")
@@ -42,7 +45,10 @@ class Settings(BaseSettings):
 
     models: Names = Field(("turbo",), description="aliases served here; the first is the default")
     models_file: Path | None = Field(None, description="a TOML file with more models, a table each")
-    dialects: Names = Field(("native",), description="HTTP dialects the gateway speaks")
+    dialects: Names = Field(("native", "openai"), description="HTTP dialects the gateway speaks")
+    model_aliases: Names = Field(
+        (), description="names=models for clients of other services, as gpt-image-2=turbo; for dialects but `native`"
+    )
     storage: str = Field("local", description="a module of common/storage")
     x_accel: str = Field(
         "", description="Nginx's internal location for results, as /_results/; unset: the gateway sends"
@@ -101,7 +107,7 @@ class Settings(BaseSettings):
     simulated_image_ms: float = Field(320.0, gt=0, description="what one picture costs the simulated model")
     simulated_load_ms: float = Field(0.0, ge=0)
 
-    @field_validator("models", "dialects", "prewarm", "warm_sizes", "webhook_allow", mode="before")
+    @field_validator("models", "dialects", "model_aliases", "prewarm", "warm_sizes", "webhook_allow", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -114,6 +120,20 @@ class Settings(BaseSettings):
             if not sides or any(int(side) % SIZE_MULTIPLE for side in sides.groups()):
                 raise ValueError(f"must be sizes as 1024x1024, multiples of {SIZE_MULTIPLE} pixels")
         return sizes
+
+    @field_validator("model_aliases")
+    @classmethod
+    def _are_aliases(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(_ALIAS.fullmatch(alias) for alias in aliases):
+            raise ValueError("must be name=model, as gpt-image-2=turbo; names of 1 to 64 of A-Z a-z 0-9 . _ : -")
+        return aliases
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        if url and not _ADDRESS.fullmatch(url):
+            raise ValueError("must be an address as https://pictures.example, with no query")
+        return url.rstrip("/")
 
     @field_validator("beat_s")
     @classmethod
@@ -145,6 +165,19 @@ class Settings(BaseSettings):
         """Return the models this process serves; raises ConfigurationError for one nobody defined."""
         simulated = {"image_ms": self.simulated_image_ms, "load_ms": self.simulated_load_ms}
         return load_catalogue(self.models_file, {"simulated": simulated}).select(self.models)
+
+    def aliases(self) -> dict[str, str]:
+        """Return what clients of other services may call the models served here, by that name.
+
+        Raises ConfigurationError for a model that is not served here.
+        """
+        named = dict(alias.split("=") for alias in self.model_aliases)
+        if strangers := sorted(set(named.values()) - set(self.models)):
+            raise ConfigurationError(
+                f"{PREFIX}MODEL_ALIASES: {strangers[0]!r} is not among {PREFIX}MODELS, which are: "
+                f"{', '.join(self.models)}"
+            )
+        return named
 
     def models_to_keep(self) -> tuple[str, ...]:
         """Return the models that are loaded ahead; raises ConfigurationError for one that is not served here."""

@@ -102,6 +102,10 @@ class Doorkeeper:
             self._known[key_id] = (now + KNOWN_S, key)
         return key
 
+    def identify(self) -> Caller:
+        """Return who sent the current request; raises Unauthenticated."""
+        return self.admit(shown(), local=is_local())
+
     def _is_guarded(self) -> bool:
         if time.monotonic() >= self._guarded_until:
             self._guarded = self._broker.guarded()
@@ -118,7 +122,7 @@ def install(app: Flask, doorkeeper: Doorkeeper) -> None:
         scope: Scope = getattr(view, "scope", "tenant")
         if view is None or scope == "public":  # no such route: whoever asks is told so
             return
-        who = doorkeeper.admit(shown(), local=is_local())
+        who = doorkeeper.identify()
         if scope == "admin" and not who.admin:
             raise Forbidden("this call is for keys with the admin scope")
         request.environ[CALLER] = who

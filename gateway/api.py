@@ -10,8 +10,10 @@ from flask import Response, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.data_type import DataType
 from flask_openapi3.models.media_type import MediaType
+from flask_openapi3.models.request_body import RequestBody
 from flask_openapi3.models.schema import Schema
 from flask_openapi3.models.tag import Tag
+from flask_openapi3.types import ResponseDict
 from flask_openapi3.utils import parse_form
 from pydantic import BaseModel, ConfigDict, Field
 from werkzeug.datastructures import Headers
@@ -20,6 +22,7 @@ from gateway import bodies, fields, problems
 from gateway.bodies import JSON, Form
 
 F = TypeVar("F", bound=Callable[..., Any])
+Documented = Callable[..., ResponseDict]
 
 NO_STORE = {"Cache-Control": "no-store"}
 
@@ -48,9 +51,12 @@ class Api(APIBlueprint):
     model's JSON schema anew to do so, and parses bodies in a way that cannot tell no JSON from JSON `null`.
     """
 
-    def __init__(self, name: str, import_name: str, *, about: str) -> None:
+    def __init__(
+        self, name: str, import_name: str, *, about: str, documented: Documented = problems.documented
+    ) -> None:
+        """`documented` describes errors in the form that they have on these routes; see problems.documented."""
         tag = Tag(name=name, description=about)
-        super().__init__(name, import_name, abp_tags=[tag], abp_responses=problems.documented())
+        super().__init__(name, import_name, abp_tags=[tag], abp_responses=documented())
 
     def post(self, rule: str, **options: Any) -> Callable[[F], F]:
         """Register a call, and describe its form beside its JSON: flask-openapi3 knows of one or the other."""
@@ -63,6 +69,12 @@ class Api(APIBlueprint):
             return func
 
         return decorate
+
+    def takes_form(self, rule: str, form: type[BaseModel]) -> None:
+        """Describe the form that a registered call reads by itself."""
+        described, schemas = parse_form(form)
+        self.components_schemas.update(schemas)
+        self.paths[rule].post.requestBody = RequestBody(content=described, required=True)
 
     def _describe(self, rule: str, form: type[Form]) -> None:
         described, schemas = parse_form(form)

@@ -16,6 +16,7 @@ from gateway.api import Api
 from gateway.dialects.base import Gateway
 from gateway.diskguard import DiskGuard
 from gateway.images import Images
+from gateway.links import Links
 from gateway.requestlog import RequestLog
 from gateway.tasks import Tasks
 from gateway.webhooks import routes as webhooks
@@ -45,16 +46,23 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     problems.install(app)
     catalogue = settings.catalogue()
     broker = broker or Broker(settings)
-    admission.install(app, admission.Doorkeeper(broker, settings))
+    doorkeeper = admission.Doorkeeper(broker, settings)
+    admission.install(app, doorkeeper)
     storage = open_storage(settings)
     disk = DiskGuard(storage, settings)
     pictures = inputs.Inputs(storage, disk, settings)
-    tasks = Tasks(broker, catalogue, disk, pictures, Targets(settings.webhook_allow))
-    gateway = Gateway(tasks=tasks, images=Images(storage, settings), catalogue=catalogue)
+    gateway = Gateway(
+        tasks=Tasks(broker, catalogue, disk, pictures, Targets(settings.webhook_allow)),
+        images=Images(storage, settings),
+        pictures=pictures,
+        links=Links(broker.shared_secret, settings.public_url),
+        catalogue=catalogue,
+        aliases=settings.aliases(),
+    )
     app.extensions[TASKS] = gateway.tasks
     _register(app, ops.create(broker, catalogue, disk))
     _register(app, metrics.create(broker))
-    _register(app, images.create(gateway.tasks, gateway.images))
+    _register(app, images.create(gateway.tasks, gateway.images, gateway.links, doorkeeper))
     _register(app, inputs.create(pictures))
     _register(app, webhooks.create(broker))
     for name in settings.dialects:

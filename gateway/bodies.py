@@ -34,6 +34,7 @@ MAX_PARTS = 16  # of a form
 READS_AT_ONCE = 4
 READ_TURN_S = 20.0  # the longest that a large body waits; Nginx waits 30 s for us to read on
 
+Parts = tuple[MultiDict[str, str], MultiDict[str, FileStorage]]  # a form's texts and its files, by name
 FilePart = Annotated[bytes, WithJsonSchema({"type": "string", "format": "binary"})]
 
 _turns = threading.BoundedSemaphore(READS_AT_ONCE)
@@ -131,14 +132,24 @@ def _read(limit: int | None = None) -> bytes:
     return raw
 
 
-def _read_form(model: type[fields.M], form: Form) -> fields.M:
+def read_parts(most: int) -> Parts:
+    """Return the texts and the files of the request's body, a form of at most so many parts.
+
+    Raises UnsupportedMediaType and MalformedBody.
+    """
+    if request.mimetype != FORM:
+        raise UnsupportedMediaType(f"the body must be a form; send it as {FORM}")
     origin = request.headers.get("Origin")
     if origin is not None and urlsplit(origin).netloc != request.host:
         raise UnsupportedMediaType("a form that another site's page sends is not read; send JSON")
     boundary = request.mimetype_params.get("boundary", "")
     if not boundary:
         raise UnsupportedMediaType(f"{FORM} must name its boundary")
-    texts, files = decoding.run(_parts, _read(), boundary)
+    return decoding.run(_parts, _read(), boundary, most)
+
+
+def _read_form(model: type[fields.M], form: Form) -> fields.M:
+    texts, files = read_parts(MAX_PARTS)
     needed = [
         name for name, field in model.model_fields.items() if field.is_required() and name not in form.file_parts()
     ]
@@ -158,15 +169,15 @@ def _read_form(model: type[fields.M], form: Form) -> fields.M:
     return fields.read(model, values)
 
 
-def _parts(raw: bytes, boundary: str) -> tuple[MultiDict[str, str], MultiDict[str, FileStorage]]:
+def _parts(raw: bytes, boundary: str, most: int) -> Parts:
     """Return the texts and the files of a form; raises MalformedBody."""
     in_memory: Any = lambda **_: io.BytesIO()  # noqa: E731 - werkzeug's own way is a file on a disk that may be full
-    parser = MultiPartParser(in_memory, max_form_memory_size=JSON_LIMIT_BYTES, max_form_parts=MAX_PARTS)
+    parser = MultiPartParser(in_memory, max_form_memory_size=JSON_LIMIT_BYTES, max_form_parts=most)
     try:
         return parser.parse(io.BytesIO(raw), boundary.encode("latin-1"), len(raw))
     except RequestEntityTooLarge:
         limit = f"its text at most {JSON_LIMIT_BYTES} bytes"
-        raise fields.malformed(f"a form has at most {MAX_PARTS} parts, and {limit}") from None
+        raise fields.malformed(f"a form has at most {most} parts, and {limit}") from None
     except ValueError:
         raise fields.malformed("the form is not well-formed, or breaks off") from None
 

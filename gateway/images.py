@@ -11,13 +11,15 @@ from flask import Response, send_file
 from flask_openapi3.types import ResponseDict
 from pydantic import BaseModel, Field
 
-from common.errors import StorageError, TaskExpired, UnknownImage, UnknownTask
+from common.errors import RedisUnavailable, StorageError, TaskExpired, Unauthenticated, UnknownImage, UnknownTask
 from common.schemas import ImageRef, TaskRecord
 from common.settings import Settings
 from common.storage.base import BaseStorage
-from gateway import admission, problems
-from gateway.api import NO_STORE, Api
-from gateway.tasks import Tasks
+from gateway import problems
+from gateway.admission import Doorkeeper, open_to
+from gateway.api import NO_STORE, Api, Query
+from gateway.links import BEARER, Links
+from gateway.tasks import NO_SUCH_TASK, Tasks
 
 LINK_S = 300  # a link into the storage is good for so many seconds
 
@@ -78,21 +80,40 @@ class Images:
         return send_file(source, mimetype=mimetype, etag=image.sha256, conditional=True)
 
 
-def create(tasks: Tasks, images: Images) -> Api:
+class LinkQuery(Query):
+    """What a link has that works without an API key."""
+
+    expires: str = Field("", description="Seconds since 1970.")
+    signature: str | None = Field(None, description="Of the path and `expires`; such a link is good, or nobody's.")
+
+
+def create(tasks: Tasks, images: Images, links: Links, doorkeeper: Doorkeeper) -> Api:
     """Return the route of the pictures, which every dialect's answers point to."""
     api = Api("images", __name__, about="Finished pictures.")
     described: ResponseDict = {
         "200": {"description": "The picture.", "content": {"image/*": {}}},
         "302": {"description": "A link into the storage, good for five minutes."},
         "304": {"description": "The picture that the client has already."},
-        **problems.documented(UnknownTask, UnknownImage, TaskExpired, StorageError),
+        **problems.documented(Unauthenticated, UnknownTask, UnknownImage, TaskExpired, StorageError, RedisUnavailable),
     }
 
     @api.get("/view/<task_id>/<name>", responses=described)
-    def view(path: ImagePath) -> Response:
-        """Fetch a picture. Its URL stands in the task's status; it never changes."""
-        record = tasks.find(path.task_id, admission.caller())
-        return images.send(record, images.find(record, path.name))
+    @open_to("public")
+    def view(path: ImagePath, query: LinkQuery) -> Response:
+        """Fetch a picture. Its URL stands in the task's status, and wants the key; a signed link wants none.
+
+        The picture never changes.
+        """
+        if query.signature is None:
+            record = tasks.find(path.task_id, doorkeeper.identify())
+        elif links.proves(f"/view/{path.task_id}/{path.name}", query.expires, query.signature):
+            record = tasks.find(path.task_id, BEARER)
+        else:
+            raise UnknownTask(NO_SUCH_TASK)
+        answer = images.send(record, images.find(record, path.name))
+        if query.signature is not None:
+            answer.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # it is there to be shown on other pages
+        return answer
 
     return api
 

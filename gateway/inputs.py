@@ -71,6 +71,13 @@ class Inputs:
             expires_at=datetime.now(UTC) + self._kept_for,
         )
 
+    def mask_of_holes(self, data: bytes, *, field: str) -> bytes:
+        """Return a mask that is white where to paint from a file that is transparent there; raises InvalidRequest."""
+        try:
+            return decoding.run(pictures.mask_of_holes, data, self._max_pixels)
+        except Unusable as error:
+            raise InvalidRequest.field(field, str(error)) from None
+
     def look(
         self, named: Mapping[str, Sequence[str]], files: Mapping[str, bytes], tenant: str
     ) -> dict[str, list[Input]]:

@@ -10,6 +10,7 @@ import binascii
 import io
 import re
 import string
+from collections.abc import Callable
 from typing import NamedTuple
 
 from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
@@ -64,6 +65,22 @@ def from_text(text: str) -> bytes:
 
 def canonical(data: bytes, max_pixels: int) -> Picture:
     """Return the picture in a file; raises Unusable. Nothing is decoded of one that says it has more pixels."""
+    upright, kind = _decoded(data, max_pixels, _plain)
+    return Picture(_encoded(upright), *upright.size, kind)
+
+
+def mask_of_holes(data: bytes, max_pixels: int) -> bytes:
+    """Return a mask as it is meant here, a grey PNG that is white where to paint, from one that is transparent there.
+
+    Raises Unusable, as for a file without transparent parts. Nothing is decoded of one that says it has more pixels.
+    """
+    return _encoded(_decoded(data, max_pixels, _holes)[0])
+
+
+def _decoded(
+    data: bytes, max_pixels: int, use: Callable[[Image.Image], Image.Image]
+) -> tuple[Image.Image, ImageFormat]:
+    """Return what `use` makes of the picture in a file, and the file's kind."""
     head = formats.head(data)
     if head is None:
         raise Unusable("is no PNG, JPEG or WebP picture")
@@ -78,8 +95,7 @@ def canonical(data: bytes, max_pixels: int) -> Picture:
             if image.size != (head.width, head.height):
                 raise Unusable("is broken: it has two sizes")
             image.load()
-            upright = _plain(image)
-        return Picture(_encoded(upright), *upright.size, head.format)
+            return use(image), head.format
     except Unusable:
         raise
     except Exception:  # Pillow's plugins raise whatever a broken file makes them stumble over
@@ -99,6 +115,15 @@ def _plain(image: Image.Image) -> Image.Image:
         ground.paste(plain, mask=alpha)
         plain = ground
     return plain
+
+
+def _holes(image: Image.Image) -> Image.Image:
+    """Return how transparent the picture is, upright: white where wholly."""
+    image = ImageOps.exif_transpose(image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if alpha is None or alpha.getextrema() == (255, 255):
+        raise Unusable("must be transparent where the picture is to be painted over; nothing of it is")
+    return ImageOps.invert(alpha)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

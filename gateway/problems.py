@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from flask import Blueprint, Flask, Response, request
+from flask import Blueprint, Flask, Response, current_app, request
 from flask_openapi3.types import ResponseDict
 from werkzeug.exceptions import HTTPException
 
 from common import telemetry
 from common.errors import (
     AlreadyFinal,
+    DeadlineExceeded,
     FleetError,
     Forbidden,
     IdempotencyConflict,
@@ -26,7 +27,10 @@ from common.errors import (
     RedisUnavailable,
     StorageError,
     StorageFull,
+    TaskCanceled,
     TaskExpired,
+    TaskFailed,
+    TaskUnfinished,
     TooBusy,
     TooLate,
     Unauthenticated,
@@ -41,6 +45,8 @@ from gateway import requestlog
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:zfleet:problem:"  # + code: names a kind of problem for ever, and promises no page
+
+RENDERS = "zfleet.renders"  # in app.extensions: who gives errors their form, by the paths' beginning
 
 DEFAULT = "default"  # OpenAPI's word for every status that is not listed
 
@@ -65,6 +71,10 @@ KINDS: Mapping[str, Kind] = {
     UnknownTask.code: Kind(404, "Unknown task"),
     UnknownImage.code: Kind(404, "Unknown image"),
     TaskExpired.code: Kind(410, "Task expired"),
+    TaskFailed.code: Kind(503, "Task failed"),
+    DeadlineExceeded.code: Kind(422, "Deadline exceeded"),
+    TaskCanceled.code: Kind(409, "Task canceled"),
+    TaskUnfinished.code: Kind(504, "Task goes on", 1),
     AlreadyFinal.code: Kind(409, "Task is already final"),
     IdempotencyConflict.code: Kind(409, "Idempotency-Key reused"),
     Unauthenticated.code: Kind(401, "API key needed"),
@@ -121,14 +131,22 @@ def render(answer: Answer) -> Response:
     return Response(body, answer.problem.status, headers, content_type=MEDIA_TYPE)
 
 
-def install(target: Flask | Blueprint, render: Render = render) -> None:
-    """Answer every exception of an app with `render`; a dialect may do so for its own blueprint in its own form."""
+def install(target: Flask | Blueprint, render: Render = render, *, under: str = "") -> None:
+    """Answer every exception of an app with `render`; a dialect may do so for its own blueprint in its own form.
+
+    With `under`, the blueprint's form is also that of errors at addresses which begin so and lead nowhere.
+    """
+    if under:
+        blueprint = cast("Blueprint", target)
+        blueprint.record(lambda state: state.app.extensions.setdefault(RENDERS, {}).update({under: render}))
 
     @target.errorhandler(Exception)
     def answer(error: Exception) -> Response | HTTPException:
         if isinstance(error, HTTPException) and error.response is not None:
             return error
-        return render(describe(error))
+        others: Mapping[str, Render] = current_app.extensions.get(RENDERS, {}) if isinstance(target, Flask) else {}
+        chosen = next((other for begin, other in others.items() if request.path.startswith(begin)), render)
+        return chosen(describe(error))
 
 
 def unreadable(error: Exception) -> bytes:

@@ -68,6 +68,17 @@ def about(task_id: str) -> None:
     request.environ[TASK_ID] = task_id
 
 
+def task() -> str | None:
+    """Return the task that the current request is noted to have made, if any."""
+    made: str | None = request.environ.get(TASK_ID)
+    return made
+
+
+def is_idempotent() -> bool:
+    """Return whether the current request may be sent again without making another task."""
+    return "HTTP_IDEMPOTENCY_KEY" in request.environ
+
+
 @functools.cache
 def _log() -> FilteringBoundLogger:
     """Return the logger, bound for good: not at import, before logging is configured, nor again for each line."""

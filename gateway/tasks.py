@@ -37,6 +37,7 @@ from gateway.webhooks.targets import Targets
 READS_AT_ONCE = 32  # when thousands wake together, so that they do not use up the connections to Redis
 READ_TURN_S = 30.0  # the longest that one of them stands in line for that
 SILENCE_S = 15.0  # a follower hears something at least this often
+NO_SUCH_TASK = "no task has this id"
 
 _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -126,7 +127,7 @@ class Tasks:
         """Return a task; raises UnknownTask, and TaskExpired when its result is past its retention."""
         record = self._broker.view(task_id) if _TASK_ID.fullmatch(task_id) else None
         if record is None or not caller.may_see(record.tenant):
-            raise UnknownTask("no task has this id")
+            raise UnknownTask(NO_SUCH_TASK)
         if record.expires_at is not None and record.expires_at <= datetime.now(UTC):
             raise TaskExpired(f"the task's result was kept until {record.expires_at:%Y-%m-%dT%H:%M:%SZ}")
         return record
@@ -189,6 +190,11 @@ class Tasks:
         if outcome == "final":
             raise AlreadyFinal(f"the task is {record.status} already, and stays so")
         return record
+
+    @property
+    def closed(self) -> bool:
+        """Whether this process stops, so that nobody is to wait here any more."""
+        return self._hub.closed
 
     def page(
         self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None

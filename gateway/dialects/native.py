@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import chain
-from typing import Annotated
 
 from flask import Response, request
 from flask_openapi3.types import ResponseDict
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from common.apikeys import EVERYBODY, TENANT
 from common.errors import (
@@ -48,9 +47,9 @@ from common.schemas import (
     WebhookView,
 )
 from gateway import admission, problems, requestlog
-from gateway.api import NO_STORE, Api, Header, Query, TaskPath, json_answer
+from gateway.api import NO_STORE, Api, Query, TaskPath, json_answer
 from gateway.bodies import FilePart, Form
-from gateway.dialects.base import Gateway
+from gateway.dialects.base import Gateway, SubmitHeader
 from gateway.images import Images
 
 WAIT_MAX_S = 60
@@ -61,24 +60,10 @@ _PLACE = re.compile(r"([0-9]{1,16}):([A-Za-z0-9_-]{1,64})")
 _NO_STAGES = StageTimings()
 
 
-def _visible(key: str) -> str:
-    if not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
-        raise ValueError("must be 1 to 255 visible ASCII characters")
-    return key
-
-
 def _whose(tenant: str) -> str:
     if tenant != EVERYBODY and not TENANT.fullmatch(tenant):
         raise ValueError("must be a tenant's name, of a-z, 0-9 and -, or * for all")
     return tenant
-
-
-class SubmitHeader(Header):
-    """Headers of a submit."""
-
-    idempotency_key: Annotated[str, AfterValidator(_visible)] | None = Field(
-        None, alias="Idempotency-Key", description="The same key and body within 24 hours are one task."
-    )
 
 
 class SubmitForm(Form):
