@@ -43,7 +43,7 @@ _CODES = {
 }
 _PARAMS = {  # what the fields of a GenerateRequest are called here
     "width": "size", "height": "size", "format": "output_format", "quality": "output_compression",
-    "init_image": "image", "reference_images": "image", "mask_image": "mask", "body": None,
+    "init_image": "image", "reference_images": "image", "mask_image": "mask",
 }  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def encoded(data: bytes) -> str:
 def detail(answer: Answer) -> ErrorDetail:
     """Return an error in OpenAI's words: its fields under their names here, the first of them as `param`."""
     problem = answer.problem
-    named = [(_PARAMS.get(field.loc, field.loc), field.msg) for field in problem.errors]
+    named = [(_param(field.loc), field.msg) for field in problem.errors]
     told = dict.fromkeys(f"{param}: {msg}" if param else msg for param, msg in named)
     kind = _status(problem.code, problem.status)
     return ErrorDetail(
@@ -265,6 +265,12 @@ def describe_models(api: Api) -> None:
     """Add the models of answers that are described by `content` to the API description."""
     for model in (ImagesResponse, OpenAIError):
         api.components_schemas.update(parse_body(model)[1])
+
+
+def _param(loc: str) -> str | None:
+    """Return what a field of a GenerateRequest is called here, as `image.1` for `reference_images.1`."""
+    field, dot, rest = loc.partition(".")
+    return None if loc == "body" else _PARAMS.get(field, field) + dot + rest
 
 
 def _status(code: str, status: int) -> int:

@@ -121,7 +121,7 @@ class ImageEdit(Asked):
 def read_edit(parts: Parts) -> ImageEdit:
     """Return a form; raises InvalidRequest, also where a file comes as a text or the other way round."""
     texts, files = parts
-    errors = [FieldError(name, "must be a file") for name in ("image", "image[]", "mask") if name in texts]
+    errors = [FieldError(name.strip("[]"), "must be a file") for name in ("image", "image[]", "mask") if name in texts]
     values: dict[str, Any] = {}
     for key, several in texts.lists():
         if match := _IN_BRACKETS.fullmatch(key):

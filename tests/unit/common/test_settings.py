@@ -37,6 +37,10 @@ def test_a_child_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("ZFLEET_HOUSEKEEPING_S", "0"),
         ("ZFLEET_WARM_SIZES", "1024"),
         ("ZFLEET_WARM_SIZES", "512x512,1000x1000"),
+        ("ZFLEET_MODEL_ALIASES", "dall-e-3"),
+        ("ZFLEET_MODEL_ALIASES", "a/b=turbo"),
+        ("ZFLEET_PUBLIC_URL", "pictures.example"),
+        ("ZFLEET_PUBLIC_URL", "https://pictures.example/?a"),
     ],
 )
 def test_a_wrong_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
@@ -56,6 +60,16 @@ def test_models_and_sizes_that_are_got_ready(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("ZFLEET_PREWARM", "bass")
     with pytest.raises(ConfigurationError, match="ZFLEET_PREWARM: 'bass' is not among ZFLEET_MODELS"):
         load_settings().models_to_keep()
+
+
+def test_other_names_for_models_and_the_public_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZFLEET_MODEL_ALIASES", "dall-e-3=turbo, gpt-image-2=turbo")
+    monkeypatch.setenv("ZFLEET_PUBLIC_URL", "https://pictures.example/fleet/")
+    settings = load_settings()
+    assert settings.aliases() == {"dall-e-3": "turbo", "gpt-image-2": "turbo"}
+    assert settings.public_url == "https://pictures.example/fleet"
+    with pytest.raises(ConfigurationError, match="ZFLEET_MODEL_ALIASES: 'turbo' is not among ZFLEET_MODELS"):
+        load_settings({"models": ("pico",)}).aliases()
 
 
 def test_a_lower_pause_needs_a_lower_resume() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from flask.testing import FlaskClient
 from flask_openapi3.openapi import OpenAPI
@@ -13,6 +15,7 @@ from gateway.app import create_app
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
 from tests.unit.gateway.fake_worker import FakeWorker
+from tests.unit.gateway.openai_calls import Diligent
 
 
 @pytest.fixture
@@ -38,3 +41,9 @@ def client(app: OpenAPI) -> FlaskClient:
 @pytest.fixture
 def worker(broker: Broker, settings: Settings) -> FakeWorker:
     return FakeWorker(broker, open_storage(settings))
+
+
+@pytest.fixture
+def diligent(worker: FakeWorker) -> Iterator[Diligent]:
+    with Diligent(worker) as diligent:
+        yield diligent

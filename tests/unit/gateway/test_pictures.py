@@ -233,3 +233,23 @@ def test_letters_that_base64_has_not_are_not_left_out_in_silence() -> None:
         with pytest.raises(Unusable, match="base64"):
             from_text(text)
     assert from_text(" DATA:image/png;BASE64,\n" + encoded) == b"a picture"
+
+
+def test_a_mask_is_white_where_a_file_is_transparent() -> None:
+    image = Image.new("RGBA", (40, 20), (10, 20, 30, 255))
+    image.paste((200, 0, 0, 0), (0, 0, 10, 20))
+    image.paste((200, 0, 0, 55), (10, 0, 20, 20))
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        mask = Image.open(io.BytesIO(pictures.mask_of_holes(encoded(image, kind, **options), LIMIT)))
+        assert (mask.format, mask.mode, mask.size) == ("PNG", "L", (40, 20))
+        assert [mask.getpixel((x, 5)) for x in (5, 15, 30)] == [255, 200, 0]
+
+
+def test_a_mask_without_holes_or_too_large_is_refused() -> None:
+    for image in (drawn(), Image.new("RGBA", (8, 8), "red"), Image.new("L", (8, 8))):
+        with pytest.raises(Unusable, match="must be transparent where"):
+            pictures.mask_of_holes(encoded(image), LIMIT)
+    with pytest.raises(Unusable, match="60000x60000"):
+        pictures.mask_of_holes(lying_png(60_000, 60_000), LIMIT)
+    with pytest.raises(Unusable, match="no PNG"):
+        pictures.mask_of_holes(b"x", LIMIT)
