@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import chain
+from typing import Annotated
 
 from flask import Response, request
 from flask_openapi3.types import ResponseDict
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from common.apikeys import EVERYBODY, TENANT
 from common.errors import (

@@ -92,12 +92,14 @@ def create(gateway: Gateway) -> Api:
 
 def _add_images(api: Api, gateway: Gateway) -> None:
     @api.post("/v1/images/generations", responses=_described("image_generation"))
+    @admission.submits
     def generate(body: ImageGeneration, header: CallHeader) -> Response:
         """Make pictures from a prompt. Answers with the pictures when they are there, or with events until then."""
         submit(gateway, asking.generation(body, gateway), header)
         return _answer(gateway, body, header, "image_generation")
 
     @api.post("/v1/images/edits", responses=_described("image_edit"))
+    @admission.submits
     def edit(header: CallHeader) -> Response:
         """Make pictures from others and a prompt. Answers like generations."""
         return _answer(gateway, _take_edit(gateway, header), header, "image_edit")
