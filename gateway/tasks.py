@@ -27,17 +27,19 @@ from common.errors import (
 from common.models import Catalogue
 from common.records import NewTask
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus, TaskSummary
-from gateway import submission
+from gateway import places, submission
 from gateway.admission import Caller
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
-from gateway.waiting import Hub
+from gateway.places import Place
+from gateway.waiting import Hub, Listener, Signal
 from gateway.webhooks.targets import Targets
 
 READS_AT_ONCE = 32  # when thousands wake together, so that they do not use up the connections to Redis
 READ_TURN_S = 30.0  # the longest that one of them stands in line for that
 SILENCE_S = 15.0  # a follower hears something at least this often
 NO_SUCH_TASK = "no task has this id"
+AGAIN_S = 1.0  # after which one who could not read the task looks again
 
 _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -125,7 +127,12 @@ class Tasks:
 
     def find(self, task_id: str, caller: Caller) -> TaskRecord:
         """Return a task; raises UnknownTask, and TaskExpired when its result is past its retention."""
-        record = self._broker.view(task_id) if _TASK_ID.fullmatch(task_id) else None
+        return self._shown(self._view(task_id), caller)
+
+    def _view(self, task_id: str) -> TaskRecord | None:
+        return self._broker.view(task_id) if _TASK_ID.fullmatch(task_id) else None
+
+    def _shown(self, record: TaskRecord | None, caller: Caller) -> TaskRecord:
         if record is None or not caller.may_see(record.tenant):
             raise UnknownTask(NO_SUCH_TASK)
         if record.expires_at is not None and record.expires_at <= datetime.now(UTC):
@@ -138,50 +145,69 @@ class Tasks:
             return self.find(task_id, caller)
         until = time.monotonic() + seconds
         with self._hub.listen(task_id) as listener:
-            record = self.find(task_id, caller)
+            record = self._look(task_id, caller, listener)
             while not record.status.final and not self._hub.closed and (left := until - time.monotonic()) > 0:
                 if listener.wait(min(left, self._hub.safety_net_s())) == "look" and not self._hub.closed:
                     listener.wait(min(max(0.0, until - time.monotonic()), self._hub.catch_up_s()))
-                with self._turn():
-                    record = self.find(task_id, caller)
+                record = self._look(task_id, caller, listener)
         return record
 
-    def follow(self, task_id: str, caller: Caller) -> Iterator[TaskRecord | Progress | None]:
+    def follow(self, task_id: str, caller: Caller, told: Place | None = None) -> Iterator[TaskRecord | Progress | None]:
         """Yield the task now and at each change, its steps in between, and None in times of silence.
 
-        A step brings a preview only where there is a newer one than this has yielded. Ends with the final task, or when
-        this process stops. Raises UnknownTask and TaskExpired only at the start.
+        With `told`, the place up to which somebody has been told, only what is new since; None first if nothing is, and
+        nothing at all to whoever has seen the end. Changes are never left out; steps come in order, and are left out
+        for a slow reader, and where so many follow that telling each would slow down others. A step brings a preview
+        only where there is a newer one than this has yielded. Ends with the final task, or when this process stops.
+        Raises UnknownTask and TaskExpired only at the start.
         """
         with self._hub.listen(task_id, every_step=True) as listener:
-            record = self.find(task_id, caller)
-            shown = record.preview
-            yield record
+            record = self._look(task_id, caller, listener)
+            new = list(places.news(record, told))
+            yield from new
+            if not new and not record.status.final:
+                yield None
+            place = Place.of(record) if new or told is None else told
+            sure_until = time.monotonic() + self._hub.safety_net_s()
             while not record.status.final and not self._hub.closed:
-                heard = listener.wait(SILENCE_S)
-                if heard == "progress":
-                    preview = self._preview(task_id) if record.request.preview else None
-                    new = preview if preview != shown else None
-                    shown = new or shown
-                    yield Progress(step=listener.step, steps=listener.steps, preview=new)
-                    continue
-                if heard == "look":
-                    listener.wait(self._hub.catch_up_s())
+                heard = listener.wait(min(SILENCE_S, max(AGAIN_S, sure_until - time.monotonic())))
                 try:
-                    with self._turn():
-                        seen = self.find(task_id, caller)
-                except RedisUnavailable:
-                    seen = record  # the stream outlives it: the next silence looks again
-                if (seen.status, seen.attempts) != (record.status, record.attempts):
-                    shown = seen.preview
-                    yield seen
-                else:
+                    if heard == "progress" and sure_until and record.status is TaskStatus.RUNNING:
+                        record = self._stepped(record, listener)
+                    elif heard != "timeout" or time.monotonic() >= sure_until:
+                        record, sure_until = self._look_again(task_id, caller, listener, heard)
+                except RedisUnavailable:  # the stream outlives it, and trusts no step before it has looked again
+                    sure_until = 0.0
+                except UnknownTask:  # Redis came back without it; whoever follows again is told so
+                    return
+                new = list(places.news(record, place))
+                yield from new
+                if new:
+                    place = Place.of(record)
+                elif heard == "timeout":
                     yield None
-                record = seen
+                if heard == "progress":
+                    listener.rest(self._hub.step_gap_s())
 
-    def _preview(self, task_id: str) -> str | None:
-        with contextlib.suppress(RedisUnavailable):  # the stream outlives it
-            return self._broker.preview(task_id)
-        return None
+    def _stepped(self, record: TaskRecord, listener: Listener) -> TaskRecord:
+        """Return a running task after the step that was heard of."""
+        changes: dict[str, object] = {"step": listener.step}
+        if record.request.preview:
+            changes["preview"] = listener.topic.look("preview", lambda: self._broker.preview(record.task_id))
+        return record.model_copy(update=changes)
+
+    def _look(self, task_id: str, caller: Caller, listener: Listener) -> TaskRecord:
+        def read() -> TaskRecord | None:
+            with self._turn():
+                return self._view(task_id)
+
+        return self._shown(listener.topic.look("record", read), caller)
+
+    def _look_again(self, task_id: str, caller: Caller, listener: Listener, heard: Signal) -> tuple[TaskRecord, float]:
+        """Return a task that is followed, and until when silence about it is to be trusted."""
+        if heard == "look":
+            listener.wait(self._hub.catch_up_s())
+        return self._look(task_id, caller, listener), time.monotonic() + self._hub.safety_net_s()
 
     def cancel(self, task_id: str, caller: Caller) -> TaskRecord:
         """Cancel a task and return it as it then is; raises UnknownTask, TaskExpired, AlreadyFinal."""
@@ -205,6 +231,11 @@ class Tasks:
     def close(self) -> None:
         """Let everybody who waits be answered now. For a process that stops."""
         self._hub.close()
+
+    @property
+    def hub(self) -> Hub:
+        """What this process hears of all tasks."""
+        return self._hub
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import random
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -52,10 +53,12 @@ from gateway.api import NO_STORE, Api, Query, TaskPath, json_answer
 from gateway.bodies import FilePart, Form
 from gateway.dialects.base import Gateway, SubmitHeader
 from gateway.images import Images
+from gateway.places import Place, mark
 
 WAIT_MAX_S = 60
 PAGE_MAX = 200
-ENDED = "ended"  # the id of a stream's last event; whoever reconnects with it has missed nothing
+RETRY_MS = (1000, 3000)  # after which a client should come back; not all at once when a gateway has gone
+ETA_GRAINS = 4  # to an octave: estimates that differ by less than a fifth are alike to an ETag
 
 _PLACE = re.compile(r"([0-9]{1,16}):([A-Za-z0-9_-]{1,64})")
 _NO_STAGES = StageTimings()
@@ -182,12 +185,14 @@ def _add_events(api: Api, gateway: Gateway) -> None:
     @api.get("/api/tasks/<task_id>/events", responses=described)
     def events(path: TaskPath) -> Response:
         """Follow a task as server-sent events, until it is final."""
-        if request.headers.get("Last-Event-ID") == ENDED:
+        told = Place.parse(request.headers.get("Last-Event-ID"))
+        stream = gateway.tasks.follow(path.task_id, admission.caller(), told)
+        try:
+            first = next(stream)  # an error comes before the stream begins, as a problem
+        except StopIteration:
             return Response(status=204)  # the one answer that keeps a browser's EventSource from reconnecting
-        stream = gateway.tasks.follow(path.task_id, admission.caller())
-        first = next(stream)  # an error comes before the stream begins, as a problem
         headers = {"X-Accel-Buffering": "no", **NO_STORE}
-        return Response(render_events(chain([first], stream)), headers=headers, mimetype="text/event-stream")
+        return Response(render_events(chain([first], stream), told), headers=headers, mimetype="text/event-stream")
 
 
 def render(record: TaskRecord) -> TaskView:
@@ -233,21 +238,26 @@ def preview_url(preview: str | None) -> str | None:
     return preview and f"data:image/webp;base64,{preview}"
 
 
-def render_events(stream: Iterator[TaskRecord | Progress | None]) -> Iterator[str]:
-    """Return what `Tasks.follow` yields as server-sent events; a silence becomes a comment."""
-    first = True
+def render_events(stream: Iterator[TaskRecord | Progress | None], told: Place | None = None) -> Iterator[str]:
+    """Return what `Tasks.follow` yields as server-sent events, to whoever was told up to a place.
+
+    Each has for its id the place it tells of. A silence becomes a comment.
+    """
+    yield f"retry: {random.randint(*RETRY_MS)}\n\n"
     for seen in stream:
         if seen is None:
             yield ": still here\n\n"
         elif isinstance(seen, Progress):
-            yield _event("progress", seen.model_copy(update={"preview": preview_url(seen.preview)}))
+            assert told is not None  # the task as it is comes first
+            told = told._replace(step=seen.step, preview=mark(seen.preview) or told.preview)
+            yield _event("progress", told, seen.model_copy(update={"preview": preview_url(seen.preview)}))
         else:
+            anew, told = told is None or not told.is_of(seen), Place.of(seen)
             view = render(seen)
-            if first or not seen.status.final:
-                yield _event("status", view)
+            if anew or not seen.status.final:
+                yield _event("status", told, view)
             if seen.status.final:
-                yield _event(seen.status, view, f"id: {ENDED}\n")
-            first = False
+                yield _event(seen.status, told, view)
 
 
 def render_cursor(place: tuple[int, str]) -> str:
@@ -267,8 +277,8 @@ def parse_cursor(cursor: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _event(name: str, data: BaseModel, extra: str = "") -> str:
-    return f"event: {name}\n{extra}data: {data.model_dump_json()}\n\n"
+def _event(name: str, place: Place, data: BaseModel) -> str:
+    return f"event: {name}\nid: {place}\ndata: {data.model_dump_json()}\n\n"
 
 
 def _ms(begin: datetime, end: datetime | None) -> float | None:

@@ -69,6 +69,7 @@ def test_events_carry_each_once_and_only_where_it_was_asked_for(
     (task,) = worker.take()
     tasks: Tasks = client.application.extensions[TASKS]
     stream = native.render_events(tasks.follow(task_id, OPEN))
+    assert next(stream).startswith("retry: ")
     assert next(stream).startswith("event: status")
     heard: list[str] = []
     follower = threading.Thread(target=lambda: heard.extend(stream))
@@ -77,11 +78,12 @@ def test_events_carry_each_once_and_only_where_it_was_asked_for(
     def told() -> list[Any]:
         return [json.loads(text.partition("data: ")[2]) for text in heard if text.startswith("event: progress")]
 
+    step = 0
     while len(told()) < 3:  # until the subscription stands, and some more
-        show(broker, task, 1)
+        show(broker, task, step := step + 1)
         time.sleep(0.05)
-    show(broker, task, 2, "bmV3")
-    eventually(lambda: told()[-1]["step"] == 2)
+    show(broker, task, step + 1, "bmV3")
+    eventually(lambda: told()[-1]["step"] == step + 1)
     worker.succeed(task)
     follower.join(5)
     previews = [each["preview"] for each in told()]
@@ -102,8 +104,9 @@ def test_a_stream_that_begins_later_has_the_newest_in_its_status(
     heard: list[Any] = []
     follower = threading.Thread(target=lambda: heard.extend(stream))
     follower.start()
+    step = 1
     while not any(isinstance(each, Progress) for each in heard):
-        show(broker, task, 1)
+        show(broker, task, step := step + 1)
         time.sleep(0.05)
     worker.succeed(task)
     follower.join(5)

@@ -130,7 +130,7 @@ def test_whoever_has_gone_is_forgotten(hub: Hub) -> None:
         pass
     with pytest.raises(KeyError), hub.listen("b"):
         raise KeyError
-    assert (hub._listeners, hub._count) == ({}, 0)
+    assert (hub._topics, hub._count) == ({}, 0)
 
 
 def test_one_thread_serves_all(hub: Hub, channel: Channel) -> None:
