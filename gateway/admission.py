@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from flask import Flask, Response, after_this_request, current_app, request
 
@@ -23,12 +23,16 @@ from common.records import Tally
 from common.schemas import Priority
 from common.settings import Settings
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
 F = TypeVar("F", bound=Callable[..., object])
 Scope = Literal["public", "tenant", "admin"]
 
 CALLER = "zfleet.caller"  # in the WSGI environment
 KNOWN_S = 2.0  # what Redis says of a key is taken for so long; by then a revoked one is refused everywhere
 MOST_KNOWN = 10_000
+NOT_KNOWN: tuple[float, ApiKey | None] = (0.0, None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +79,8 @@ class Doorkeeper:
         """Return who shows this key; raises Unauthenticated, the same for none and every one that opens nothing."""
         key = self._proven(text)
         if key is not None:
-            return Caller(tenant=key.tenant, admin=key.admin, key=key)
-        if (self._insecure or (local and not self._closed)) and not self._is_guarded():
+            return _caller(key)
+        if self._opens(local) and not self._is_guarded():
             return OPEN
         raise Unauthenticated("this call needs an API key: Authorization: Bearer zfk_…")
 
@@ -92,7 +96,7 @@ class Doorkeeper:
 
     def _key(self, key_id: str) -> ApiKey | None:
         now = time.monotonic()
-        until, known = self._known.get(key_id, (0.0, None))
+        until, known = self._known.get(key_id, NOT_KNOWN)
         if known is not None and now < until:
             return known
         key = self._broker.key(key_id)
@@ -104,13 +108,29 @@ class Doorkeeper:
 
     def identify(self) -> Caller:
         """Return who sent the current request; raises Unauthenticated."""
-        return self.admit(shown(), local=is_local())
+        return self.admit(shown(request.environ), local=is_local(request.environ))
+
+    def recall(self, environ: WSGIEnvironment) -> Caller | None:
+        """Return who sent a request if that is known at this moment without asking Redis, else None."""
+        now, token = time.monotonic(), Token.parse(shown(environ) or "")
+        until, key = self._known.get(token.key_id, NOT_KNOWN) if token else NOT_KNOWN
+        if token and key and now < until and proves(token, key):
+            return _caller(key)
+        unguarded = now < self._guarded_until and not self._guarded
+        return OPEN if unguarded and self._opens(is_local(environ)) else None
+
+    def _opens(self, local: bool) -> bool:
+        return self._insecure or (local and not self._closed)
 
     def _is_guarded(self) -> bool:
         if time.monotonic() >= self._guarded_until:
             self._guarded = self._broker.guarded()
             self._guarded_until = time.monotonic() + KNOWN_S
         return self._guarded
+
+
+def _caller(key: ApiKey) -> Caller:
+    return Caller(tenant=key.tenant, admin=key.admin, key=key)
 
 
 def install(app: Flask, doorkeeper: Doorkeeper) -> None:
@@ -152,21 +172,19 @@ def caller() -> Caller:
     return found
 
 
-def shown() -> str | None:
-    """Return the API key that the current request shows; None where it shows none, or two that differ."""
-    scheme, _, value = request.headers.get("Authorization", "").partition(" ")
+def shown(environ: WSGIEnvironment) -> str | None:
+    """Return the API key that a request shows; None where it shows none, or two that differ."""
+    scheme, _, value = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     keys = {value.strip()} if scheme.lower() == "bearer" else set()
-    if "X-API-Key" in request.headers:
-        keys.add(request.headers["X-API-Key"].strip())
+    if "HTTP_X_API_KEY" in environ:
+        keys.add(environ["HTTP_X_API_KEY"].strip())
     return keys.pop() if len(keys) == 1 else None
 
 
-def is_local() -> bool:
-    """Return whether the current request comes from this machine, and was not passed on for somebody elsewhere."""
-    passed_on = request.headers.get("X-Forwarded-For", "")
-    return all(
-        is_loopback(address.strip()) for address in (request.remote_addr or "", *passed_on.split(",")) if address
-    )
+def is_local(environ: WSGIEnvironment) -> bool:
+    """Return whether a request comes from this machine, and was not passed on for somebody elsewhere."""
+    addresses = (environ.get("REMOTE_ADDR", ""), *environ.get("HTTP_X_FORWARDED_FOR", "").split(","))
+    return all(is_loopback(address.strip()) for address in addresses if address)
 
 
 def _obey(tally: Tally) -> None:

@@ -17,6 +17,7 @@ from gateway.dialects.base import Gateway
 from gateway.diskguard import DiskGuard
 from gateway.images import Images
 from gateway.links import Links
+from gateway.polls import Polls
 from gateway.requestlog import RequestLog
 from gateway.tasks import Tasks
 from gateway.webhooks import routes as webhooks
@@ -42,7 +43,6 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     )
     app.config["MAX_CONTENT_LENGTH"] = settings.body_limit_bytes
     app.url_map.merge_slashes = False  # an odd path is unknown, not redirected
-    app.wsgi_app = RequestLog(app.wsgi_app)  # type: ignore[method-assign]  # Flask's own way of wrapping
     problems.install(app)
     catalogue = settings.catalogue()
     broker = broker or Broker(settings)
@@ -60,6 +60,8 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
         aliases=settings.aliases(),
     )
     app.extensions[TASKS] = gateway.tasks
+    polls = Polls(app.wsgi_app, doorkeeper, gateway.tasks.hub)
+    app.wsgi_app = RequestLog(polls)  # type: ignore[method-assign]  # Flask's own way of wrapping
     _register(app, ops.create(broker, catalogue, disk))
     _register(app, metrics.create(broker))
     _register(app, images.create(gateway.tasks, gateway.images, gateway.links, doorkeeper))

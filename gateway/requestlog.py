@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "zfleet.request_id"  # in the WSGI environment
 TASK_ID = "zfleet.task_id"
+ROUTE = "zfleet.route"  # the rule, where an answer came from in front of Flask
 NOSNIFF = ("X-Content-Type-Options", "nosniff")
 
 _GIVEN = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -93,6 +94,8 @@ def _what(environ: WSGIEnvironment) -> dict[str, str | None]:
     """
     asked: Request | None = environ.get("werkzeug.request")
     rule = asked.url_rule if asked is not None else None
-    task_id = environ.get(TASK_ID) or (asked.view_args or {}).get("task_id") if asked is not None else None
-    line = {"route": rule.rule if rule is not None else None}
+    task_id = environ.get(TASK_ID)
+    if not task_id and asked is not None:
+        task_id = (asked.view_args or {}).get("task_id")
+    line = {"route": rule.rule if rule is not None else environ.get(ROUTE)}
     return {**line, "task_id": task_id[:64]} if task_id else line

@@ -212,6 +212,7 @@ class Tasks:
     def cancel(self, task_id: str, caller: Caller) -> TaskRecord:
         """Cancel a task and return it as it then is; raises UnknownTask, TaskExpired, AlreadyFinal."""
         outcome = self._broker.cancel(task_id, caller.reach) if _TASK_ID.fullmatch(task_id) else "unknown"
+        self._hub.changed(task_id)
         record = self.find(task_id, caller)
         if outcome == "final":
             raise AlreadyFinal(f"the task is {record.status} already, and stays so")

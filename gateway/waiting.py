@@ -165,6 +165,10 @@ class Hub:
         """
         self._overhear = heard
 
+    def changed(self, task_id: str) -> None:
+        """Note that this process itself has just changed a task, which it will hear of a moment later."""
+        self._overhear(task_id)
+
     def stay(self, seconds: float) -> None:
         """Keep the subscription to everything for so much longer, followers or none."""
         self._overheard_until = time.monotonic() + seconds

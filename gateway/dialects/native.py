@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -59,6 +61,8 @@ WAIT_MAX_S = 60
 PAGE_MAX = 200
 RETRY_MS = (1000, 3000)  # after which a client should come back; not all at once when a gateway has gone
 ETA_GRAINS = 4  # to an octave: estimates that differ by less than a fifth are alike to an ETag
+
+UNCHANGED = {"description": "Nothing has changed since the answer whose ETag came back as If-None-Match."}
 
 _PLACE = re.compile(r"([0-9]{1,16}):([A-Za-z0-9_-]{1,64})")
 _NO_STAGES = StageTimings()
@@ -143,11 +147,18 @@ def _add_submit(api: Api, gateway: Gateway) -> None:
 def _add_status(api: Api, gateway: Gateway) -> None:
     absent = problems.documented(Unauthenticated, UnknownTask, TaskExpired, RedisUnavailable)
 
-    @api.get("/api/status/<task_id>", responses={"200": TaskView, **absent, **problems.documented(InvalidRequest)})
+    @api.get(
+        "/api/status/<task_id>",
+        responses={"200": TaskView, "304": UNCHANGED, **absent, **problems.documented(InvalidRequest)},
+    )
     def status(path: TaskPath, query: StatusQuery) -> Response:
         """Read a task. With `wait` the answer comes as soon as the task is final, or when the time is up."""
-        record = gateway.tasks.wait(path.task_id, query.wait, admission.caller())
-        return json_answer(render(record), headers=NO_STORE)
+        view = render(gateway.tasks.wait(path.task_id, query.wait, admission.caller()))
+        tag = etag(view)
+        headers = {"ETag": f'W/"{tag}"', **NO_STORE}
+        if request.if_none_match.contains_weak(tag):
+            return Response(status=304, headers=headers)
+        return json_answer(view, headers=headers)
 
     @api.post("/api/cancel/<task_id>", responses={"200": TaskView, **absent, **problems.documented(AlreadyFinal)})
     def cancel(path: TaskPath) -> Response:
@@ -231,6 +242,14 @@ def render(record: TaskRecord) -> TaskView:
         finished_at=record.finished_at,
         expires_at=record.expires_at,
     )
+
+
+def etag(view: TaskView) -> str:
+    """Return what changes whenever anything in a status does, but for an estimate that is as good as the same."""
+    eta = view.eta_seconds
+    grain = None if eta is None else round(ETA_GRAINS * math.log2(max(eta, 1.0)))
+    text = view.model_copy(update={"eta_seconds": grain}).model_dump_json()
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def preview_url(preview: str | None) -> str | None:
