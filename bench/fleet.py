@@ -82,13 +82,14 @@ class Fleet:
         self._ended.close()
 
     @contextlib.contextmanager
-    def gateway(self, app: str = "gateway.wsgi:app") -> Iterator[Gateway]:
+    def gateway(self, app: str = "gateway.wsgi:app", *, processes: int = 1) -> Iterator[Gateway]:
         """Run gunicorn, configured as the gateway's, with the gateway or another application."""
         port = _free_port()
         name = app.partition(":")[0]
-        with self._running(name, [*GUNICORN, app], rank=GATEWAY_RANK, ZFLEET_PORT=str(port)) as child:
-            _await(name, lambda: _listens(port) and psutil.Process(child.pid).children(), child)
-            yield Gateway(port, psutil.Process(child.pid).children()[0].pid)
+        env = {"ZFLEET_PORT": str(port), "ZFLEET_GATEWAY_WORKERS": str(processes)}
+        with self._running(name, [*GUNICORN, app], rank=GATEWAY_RANK, **env) as child:
+            _await(name, lambda: _listens(port) and len(psutil.Process(child.pid).children()) == processes, child)
+            yield Gateway(port, *(each.pid for each in psutil.Process(child.pid).children()))
 
     @contextlib.contextmanager
     def worker(self, *, clock: Path | None = None, plain_sleep: bool = False, stub: bool = False) -> Iterator[int]:
@@ -140,11 +141,12 @@ class Fleet:
 
 
 class Gateway:
-    """A gunicorn with one worker process."""
+    """A gunicorn, with one worker process unless there are more."""
 
-    def __init__(self, port: int, pid: int) -> None:
+    def __init__(self, port: int, pid: int, *others: int) -> None:
         self.port = port
         self.pid = pid  # the process that serves, not gunicorn's parent
+        self.pids = (pid, *others)
 
 
 def _await(name: str, check: Callable[[], T], child: Child | None = None) -> T:

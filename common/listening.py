@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 import sys
@@ -16,6 +17,7 @@ from common.settings import Settings, load_settings
 REFUSED = 2
 
 
+@functools.lru_cache(maxsize=1024)
 def is_loopback(address: str) -> bool:
     """Return whether this is an IP address that only this machine can reach."""
     try:

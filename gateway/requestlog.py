@@ -92,10 +92,10 @@ def _what(environ: WSGIEnvironment) -> dict[str, str | None]:
 
     Flask takes its request out of `environ` as soon as the answer has begun.
     """
+    route, task_id = environ.get(ROUTE), environ.get(TASK_ID)
     asked: Request | None = environ.get("werkzeug.request")
-    rule = asked.url_rule if asked is not None else None
-    task_id = environ.get(TASK_ID)
-    if not task_id and asked is not None:
-        task_id = (asked.view_args or {}).get("task_id")
-    line = {"route": rule.rule if rule is not None else environ.get(ROUTE)}
+    if route is None and asked is not None and asked.url_rule is not None:
+        route = asked.url_rule.rule
+        task_id = task_id or (asked.view_args or {}).get("task_id")
+    line = {"route": route}
     return {**line, "task_id": task_id[:64]} if task_id else line

@@ -32,7 +32,7 @@ from gateway.admission import Caller
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
 from gateway.places import Place
-from gateway.waiting import Hub, Listener, Signal
+from gateway.waiting import FRESH_S, Hub, Listener, Signal
 from gateway.webhooks.targets import Targets
 
 READS_AT_ONCE = 32  # when thousands wake together, so that they do not use up the connections to Redis
@@ -196,18 +196,20 @@ class Tasks:
             changes["preview"] = listener.topic.look("preview", lambda: self._broker.preview(record.task_id))
         return record.model_copy(update=changes)
 
-    def _look(self, task_id: str, caller: Caller, listener: Listener) -> TaskRecord:
+    def _look(self, task_id: str, caller: Caller, listener: Listener, fresh_s: float = FRESH_S) -> TaskRecord:
         def read() -> TaskRecord | None:
             with self._turn():
                 return self._view(task_id)
 
-        return self._shown(listener.topic.look("record", read), caller)
+        return self._shown(listener.topic.look("record", read, fresh_s=fresh_s), caller)
 
     def _look_again(self, task_id: str, caller: Caller, listener: Listener, heard: Signal) -> tuple[TaskRecord, float]:
         """Return a task that is followed, and until when silence about it is to be trusted."""
         if heard == "look":
             listener.wait(self._hub.catch_up_s())
-        return self._look(task_id, caller, listener), time.monotonic() + self._hub.safety_net_s()
+        silence_s = self._hub.safety_net_s()
+        record = self._look(task_id, caller, listener, silence_s / 2 if heard == "timeout" else FRESH_S)
+        return record, time.monotonic() + silence_s
 
     def cancel(self, task_id: str, caller: Caller) -> TaskRecord:
         """Cancel a task and return it as it then is; raises UnknownTask, TaskExpired, AlreadyFinal."""

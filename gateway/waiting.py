@@ -24,7 +24,7 @@ from common.schemas import TaskStatus
 Signal = Literal["timeout", "look", "progress", "changed", "final"]
 
 SAFETY_NET_S = 10.0  # a waiter reads its task again this often, should an event have been missed …
-SAFETY_READS_PER_S = 200  # … but all waiters of a process together no more often than this
+SAFETY_READS_PER_S = 100  # … but all waiters of a process together no more often than this
 CATCH_UP_READS_PER_S = 1000  # after a re-subscription everybody looks again, spread out at this rate
 STEPS_PER_S = 1000  # that all followers of a process together are told; with many of them, each is told fewer
 FRESH_S = 0.1  # a look at a task serves everybody who asks so shortly afterwards
@@ -44,12 +44,15 @@ class Events(Protocol):
 
 
 class _Seen(NamedTuple):
-    """What a look at a task showed, or why it failed; no longer good once more has been heard, or time has passed."""
+    """What a look at a task showed, or why it failed, and how much had been heard of the task before it."""
 
     heard: int
-    until: float
+    at: float
     value: Any = None
     failure: str = ""
+
+    def older_than(self, seconds: float) -> bool:
+        return time.monotonic() - self.at > seconds
 
 
 class Topic:
@@ -63,11 +66,14 @@ class Topic:
         self._seen: dict[str, _Seen] = {}
         self._lock = threading.Lock()
 
-    def look(self, what: str, read: Callable[[], T]) -> T:
-        """Return what `read` returns: one look serves all who ask at a time, and so does one RedisUnavailable."""
+    def look(self, what: str, read: Callable[[], T], *, fresh_s: float = FRESH_S) -> T:
+        """Return what `read` returns: one look serves all who ask at a time, and so does one RedisUnavailable.
+
+        An earlier one will do if nothing was heard since and it is no more than `fresh_s` old.
+        """
         with self._lock:
             seen = self._seen.get(what)
-            if seen is None or seen.heard != self.heard or time.monotonic() >= seen.until:
+            if seen is None or seen.heard != self.heard or seen.older_than(FRESH_S if seen.failure else fresh_s):
                 seen = self._seen[what] = self._look(read)
         if seen.failure:
             raise RedisUnavailable(seen.failure)
@@ -80,7 +86,7 @@ class Topic:
             value, failure = read(), ""
         except RedisUnavailable as error:
             value, failure = None, error.message
-        return _Seen(heard, time.monotonic() + FRESH_S, value, failure)
+        return _Seen(heard, time.monotonic(), value, failure)
 
 
 class Listener:
@@ -178,7 +184,7 @@ class Hub:
 
     def safety_net_s(self) -> float:
         """Return for how long a listener should trust silence."""
-        return max(SAFETY_NET_S, self._count / SAFETY_READS_PER_S) * random.uniform(0.9, 1.1)
+        return max(SAFETY_NET_S, self._count / SAFETY_READS_PER_S) * random.uniform(0.6, 1.0)
 
     def catch_up_s(self) -> float:
         """Return how long this listener leaves others the right of way when everybody has to look again."""

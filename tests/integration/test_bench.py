@@ -52,3 +52,17 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "--quik" in done.stderr
+
+
+def test_the_crowd_in_its_short_form_measures_every_row(tmp_path: Path) -> None:
+    out = tmp_path / "listeners.json"
+    command = [sys.executable, "-m", "bench.listeners", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(out.read_text("utf-8"))
+    assert [row["measure"] for row in found["rows"] if row["measure"].endswith("polls a second")]
+    for row in found["rows"]:
+        assert row["value"] > 0 and row["measure"] in done.stdout, row
+    for scene, seen in found["seen"].items():
+        assert seen["polls 200"] > 0 and seen["events"] > 0, scene
+        assert bool(seen.get("polls 304")) == ("with If-None-Match" in scene)

@@ -331,5 +331,12 @@ def test_a_stream_nobody_reads_is_forgotten(client: FlaskClient) -> None:
     assert client.application.extensions[TASKS]._hub._count == 0
 
 
+def test_a_stream_says_when_to_come_back_and_not_to_all_the_same() -> None:
+    hints = {next(native.render_events(iter([]))) for _ in range(50)}
+    assert len(hints) > 10
+    for hint in hints:
+        assert 1000 <= int(hint.removeprefix("retry: ")) <= 3000
+
+
 def test_silence_is_a_comment() -> None:
     assert list(native.render_events(iter([None])))[1:] == [": still here\n\n"]

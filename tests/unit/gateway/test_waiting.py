@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from common.broker import Broker
+from common.errors import RedisUnavailable
 from common.records import Event
 from gateway import waiting
 from gateway.waiting import FINAL, Hub, Listener
@@ -184,12 +187,116 @@ def test_followers_come_and_go_without_losing_their_steps(hub: Hub, channel: Cha
 
 
 def test_many_listeners_read_less_often_and_spread_out(hub: Hub) -> None:
-    assert 9 <= hub.safety_net_s() <= 11
+    assert 6 <= hub.safety_net_s() <= 10
     assert hub.catch_up_s() == 0
     hub._count = 10_000
-    assert 45 <= hub.safety_net_s() <= 55
+    assert 60 <= hub.safety_net_s() <= 100
     assert max(hub.catch_up_s() for _ in range(200)) > 8
     hub._count = 0
+
+
+def test_one_look_serves_all_who_have_heard_the_same(hub: Hub, channel: Channel) -> None:
+    looks: list[int] = []
+
+    def look() -> int:
+        time.sleep(0.05)
+        looks.append(len(looks))
+        return looks[-1]
+
+    with hub.listen("a") as one, hub.listen("a") as two, hub.listen("b") as other, ThreadPoolExecutor() as pool:
+        assert one.wait(5) == "look"
+        assert [*pool.map(lambda _: one.topic.look("x", look), range(8)), two.topic.look("x", look)] == [0] * 9
+        channel.put("a", "succeeded")
+        assert (one.wait(5), two.wait(5)) == ("final", "final")
+        assert [one.topic.look("x", look), two.topic.look("x", look)] == [1, 1]
+        assert other.topic.look("x", look) == 2
+
+
+def test_a_look_that_something_was_heard_during_serves_only_who_asked_before(hub: Hub, channel: Channel) -> None:
+    with hub.listen("a") as listener:
+        assert listener.wait(5) == "look"
+
+        def overtaken() -> str:
+            channel.put("a", "failed")
+            assert listener.wait(5) == "final"
+            return "before"
+
+        assert listener.topic.look("x", overtaken) == "before"
+        assert listener.topic.look("x", lambda: "after") == "after"
+
+
+def test_a_look_serves_for_a_moment_or_for_as_long_as_silence_is_trusted(hub: Hub) -> None:
+    with hub.listen("a") as listener:
+        assert listener.wait(5) == "look"
+        assert listener.topic.look("x", lambda: 1) == 1
+        time.sleep(waiting.FRESH_S + 0.05)
+        assert listener.topic.look("x", lambda: 2, fresh_s=60) == 1
+        assert listener.topic.look("x", lambda: 2) == 2
+
+
+def test_a_failed_look_is_everybodys_and_is_tried_again(hub: Hub) -> None:
+    tries: list[None] = []
+
+    def fail() -> None:
+        tries.append(None)
+        raise RedisUnavailable("away")
+
+    with hub.listen("a") as listener:
+        assert listener.wait(5) == "look"
+        for _ in range(3):
+            with pytest.raises(RedisUnavailable, match="away"):
+                listener.topic.look("x", fail)
+        assert len(tries) == 1
+        time.sleep(waiting.FRESH_S + 0.05)
+        assert listener.topic.look("x", lambda: "back", fresh_s=60) == "back"
+
+
+def test_a_follower_who_rests_lets_steps_go_by_but_no_change(hub: Hub, channel: Channel) -> None:
+    with hub.listen("a", every_step=True) as listener:
+        both_stand(channel, listener)
+        timer = threading.Timer(0.1, channel.put, ("a", "progress", 3, 8))
+        timer.start()
+        began = time.monotonic()
+        listener.rest(0.4)
+        assert time.monotonic() - began > 0.35
+        assert (listener.wait(0), listener.step) == ("progress", 3)
+        timer = threading.Timer(0.1, channel.put, ("a", "running"))
+        timer.start()
+        began = time.monotonic()
+        listener.rest(5)
+        assert time.monotonic() - began < 2
+        assert listener.wait(0) == "changed"
+
+
+def test_the_more_follow_the_fewer_steps_is_each_told(hub: Hub) -> None:
+    hub._followers = 2_000
+    gaps = [hub.step_gap_s() for _ in range(200)]
+    assert min(gaps) >= 1 and max(gaps) <= 3 and max(gaps) - min(gaps) > 1
+    hub._followers = 0
+
+
+def test_whoever_overhears_is_told_of_every_task_while_it_stays(hub: Hub, channel: Channel) -> None:
+    heard: list[str | None] = []
+    hub.overhear(heard.append)
+    assert not hub.hears_all
+    hub.stay(0.3)
+    eventually(lambda: hub.hears_all)
+    for name in ("running", "progress", "succeeded"):
+        channel.put("a", name)
+    eventually(lambda: heard[-3:] == ["a", "a", "a"])
+    eventually(lambda: not hub.hears_all)
+    assert heard[-1] is None and set(channel.standing) == set()
+
+
+def test_a_subscription_that_fails_hears_nothing_until_it_stands_again(
+    hub: Hub, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "RESTART_S", 0.3)
+    hub.stay(60)
+    eventually(lambda: hub.hears_all)
+    channel.standing[False].put(ValueError("not an event"))
+    eventually(lambda: not hub.hears_all)
+    eventually(lambda: hub.hears_all)
 
 
 def test_redis_keeps_ends_and_steps_apart(broker: Broker, submit: Callable[..., str], worker: FakeWorker) -> None:
