@@ -174,12 +174,15 @@ def _parts(raw: bytes, boundary: str, most: int) -> Parts:
     in_memory: Any = lambda **_: io.BytesIO()  # noqa: E731 - werkzeug's own way is a file on a disk that may be full
     parser = MultiPartParser(in_memory, max_form_memory_size=JSON_LIMIT_BYTES, max_form_parts=most)
     try:
-        return parser.parse(io.BytesIO(raw), boundary.encode("latin-1"), len(raw))
+        texts, files = parser.parse(io.BytesIO(raw), boundary.encode("latin-1"), len(raw))
     except RequestEntityTooLarge:
         limit = f"its text at most {JSON_LIMIT_BYTES} bytes"
         raise fields.malformed(f"a form has at most {most} parts, and {limit}") from None
     except ValueError:
         raise fields.malformed("the form is not well-formed, or breaks off") from None
+    if None in texts or None in files:
+        raise fields.malformed("every part of a form must have a name")
+    return texts, files
 
 
 def _request_part(texts: MultiDict[str, str], files: MultiDict[str, FileStorage]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ SECOND_LOOK_BYTES = 1_000_000  # larger bodies are not parsed again for the sake
 _TYPES = {
     "string_type": "must be a string",
     "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
     "list_type": "must be an array",
     "dict_type": "must be an object",
     "model_type": "must be an object",

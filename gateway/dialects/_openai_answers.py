@@ -1,50 +1,25 @@
-"""What clients of OpenAI's image API are answered: pictures, events, models, errors."""
+"""What clients of OpenAI's image API are answered: pictures, events, models."""
 
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from flask import Response
-from flask_openapi3.types import ResponseDict
 from flask_openapi3.utils import parse_body
 from pydantic import BaseModel
 
-from common.errors import (
-    DeadlineExceeded,
-    FleetError,
-    InvalidRequest,
-    MalformedBody,
-    RateLimited,
-    Unauthenticated,
-    UnknownModel,
-    UnknownTask,
-)
+from common.errors import FleetError
 from common.schemas import ImageFormat, ImageRef, TaskRecord
-from gateway import problems, requestlog
-from gateway.api import NO_STORE, Api, json_answer
+from gateway import problems
+from gateway.api import Api
+from gateway.dialects._openai_errors import OpenAIError, detail
 from gateway.dialects._openai_fields import Asked
-from gateway.problems import Answer
 
 PIXELS_A_TOKEN = 16 * 16  # of Z-Image, whose transformer sees a picture so
 OWNER = "zfleet"
-
-# Where OpenAI's clients know another kind of error, with its status and code. The rest keep theirs.
-_KINDS: dict[str, type[FleetError]] = {
-    InvalidRequest.code: MalformedBody,
-    DeadlineExceeded.code: MalformedBody,
-    UnknownModel.code: UnknownTask,
-}
-_CODES = {
-    Unauthenticated.code: "invalid_api_key",
-    UnknownModel.code: "model_not_found",
-    RateLimited.code: "rate_limit_exceeded",
-}
-_PARAMS = {  # what the fields of a GenerateRequest are called here
-    "width": "size", "height": "size", "format": "output_format", "quality": "output_compression",
-    "init_image": "image", "reference_images": "image", "mask_image": "mask",
-}  # fmt: skip
+STREAM = "text/event-stream"
 
 
 class TokenDetails(BaseModel):
@@ -127,25 +102,13 @@ class ModelList(BaseModel):
     data: Sequence[Model]
 
 
-class ErrorDetail(BaseModel):
-    """What is wrong, in OpenAI's words."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIError(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetail
-
-
 class StreamError(OpenAIError):
     """An error in the middle of a stream."""
 
     type: Literal["error"] = "error"
+
+
+EVENTS = (PartialImage, CompletedImage, StreamError)
 
 
 def usage(record: TaskRecord) -> Usage:
@@ -180,7 +143,7 @@ def partial(record: TaskRecord, asked: Asked, call: str, index: int, preview: st
             type=f"{call}.partial_image",
             b64_json=preview,
             partial_image_index=index,
-            created_at=_seconds(record),
+            created_at=int(time.time()),
             size=_size(record),
             quality=asked.shown_quality,
         )
@@ -217,65 +180,17 @@ def encoded(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def detail(answer: Answer) -> ErrorDetail:
-    """Return an error in OpenAI's words: its fields under their names here, the first of them as `param`."""
-    problem = answer.problem
-    named = [(_param(field.loc), field.msg) for field in problem.errors]
-    told = dict.fromkeys(f"{param}: {msg}" if param else msg for param, msg in named)
-    kind = _status(problem.code, problem.status)
-    return ErrorDetail(
-        message="; ".join(told) or problem.detail,
-        type="server_error" if kind // 100 == 5 else "invalid_request_error",
-        param=next((param for param, _ in named if param), None),
-        code=_CODES.get(problem.code, problem.code),
-    )
-
-
-def refusal(answer: Answer) -> Response:
-    """Return an error as OpenAI's clients read it.
-
-    They repeat a call of their own accord unless told otherwise, which would make another task where there is one.
-    """
-    again = "Retry-After" in answer.headers and (requestlog.task() is None or requestlog.is_idempotent())
-    headers = {**NO_STORE, **answer.headers, "X-Should-Retry": "true" if again else "false"}
-    return json_answer(OpenAIError(error=detail(answer)), _status(answer.problem.code, answer.problem.status), headers)
-
-
-def documented(*errors: type[FleetError]) -> ResponseDict:
-    """Return what the API description says of these errors; see problems.documented."""
-    found: ResponseDict = {}
-    for error in errors or (None,):
-        described = problems.documented(error) if error else problems.documented()
-        for status, response in described.items():
-            code = getattr(error, "code", "")
-            place = str(_status(code, int(status))) if code else str(status)
-            told = _CODES.get(code, code) or str(response["description"])  # type: ignore[index]
-            earlier = found.get(place)
-            words = f"{earlier['description']}, {told}" if isinstance(earlier, dict) else told
-            found[place] = {"description": words, "content": content(OpenAIError)}
-    return found
-
-
-def content(model: type[BaseModel]) -> dict[str, object]:
-    """Return the content of an answer that is this model, for the API description."""
-    return dict(parse_body(model)[0])
+def streamed() -> dict[str, object]:
+    """Return the content of an answer that is a stream, for the API description, which has each event as its fields."""
+    kinds = ", ".join(model.__name__ for model in EVENTS)
+    fields = {"event": {"type": "string"}, "data": {"type": "string", "description": f"The JSON of one of {kinds}."}}
+    return {STREAM: {"schema": {"type": "object", "properties": fields, "required": list(fields)}}}
 
 
 def describe_models(api: Api) -> None:
-    """Add the models of answers that are described by `content` to the API description."""
-    for model in (ImagesResponse, OpenAIError):
+    """Add the models of answers that are described by `content` and `streamed` to the API description."""
+    for model in (ImagesResponse, OpenAIError, *EVENTS):
         api.components_schemas.update(parse_body(model)[1])
-
-
-def _param(loc: str) -> str | None:
-    """Return what a field of a GenerateRequest is called here, as `image.1` for `reference_images.1`."""
-    field, dot, rest = loc.partition(".")
-    return None if loc == "body" else _PARAMS.get(field, field) + dot + rest
-
-
-def _status(code: str, status: int) -> int:
-    kind = _KINDS.get(code)
-    return problems.status_of(kind)[0] if kind else status
 
 
 def _seconds(record: TaskRecord) -> int:

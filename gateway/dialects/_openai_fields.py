@@ -48,7 +48,16 @@ def _is_size(text: str | None) -> str | None:
     return text
 
 
-Size = Annotated[str | None, AfterValidator(_is_size)]
+def _without_null(schema: dict[str, Any]) -> None:
+    """Take `null` out of a model's schema: a form has none."""
+    for field in schema["properties"].values():
+        if kinds := [kind for kind in field.pop("anyOf", ()) if kind != {"type": "null"}]:
+            field.update(kinds[0])
+        if field.get("default", ...) is None:
+            del field["default"]
+
+
+Size = Annotated[str | None, AfterValidator(_is_size), Field(json_schema_extra={"pattern": f"^{SIZE}$"})]
 
 
 class Asked(BaseModel):
@@ -107,7 +116,7 @@ class ImageEdit(Asked):
     OpenAI's fields that mean nothing here (`input_fidelity`, `moderation` …) are ignored, and so are unknown ones.
     """
 
-    model_config = ConfigDict(strict=False)  # a form has only texts
+    model_config = ConfigDict(strict=False, json_schema_extra=_without_null)  # a form has only texts
 
     image: list[FilePart] = Field(
         min_length=1, max_length=REFERENCES_MAX, description="PNG, JPEG or WebP files; one, if there is a mask."

@@ -42,6 +42,7 @@ from gateway.admission import Caller
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.aside import storing
 from gateway.dialects import _openai_answers as answers
+from gateway.dialects import _openai_errors as errors
 from gateway.dialects import _openai_fields as asking
 from gateway.dialects._openai_answers import ImagesResponse, Model, ModelList
 from gateway.dialects._openai_fields import Asked, ImageEdit, ImageGeneration
@@ -50,7 +51,6 @@ from gateway.dialects.base import Gateway, SubmitHeader
 WAIT_S = 590.0  # Nginx waits 600 s for these calls, and so does OpenAI's client
 MARGIN_S = 5.0  # before the client itself gives up, and asks again
 
-STREAM = "text/event-stream"
 Call = Literal["image_generation", "image_edit"]
 
 REFUSALS = (
@@ -75,8 +75,8 @@ class ModelPath(BaseModel):
 
 def create(gateway: Gateway) -> Api:
     """Return OpenAI's routes."""
-    api = Api("openai", __name__, about="OpenAI's image API, for its clients.", documented=answers.documented)
-    problems.install(api, answers.refusal, under="/v1/")
+    api = Api("openai", __name__, about="OpenAI's image API, for its clients.", documented=errors.documented)
+    problems.install(api, errors.refusal, under="/v1/")
     answers.describe_models(api)
     _add_images(api, gateway)
     _add_models(api, gateway)
@@ -108,13 +108,13 @@ def _add_images(api: Api, gateway: Gateway) -> None:
 
 
 def _add_models(api: Api, gateway: Gateway) -> None:
-    @api.get("/v1/models", responses={"200": ModelList, **answers.documented(RedisUnavailable)})
+    @api.get("/v1/models", responses={"200": ModelList, **errors.documented(RedisUnavailable)})
     def models() -> Response:
         """List the models, and the names of `ZFLEET_MODEL_ALIASES`."""
         names = [*gateway.catalogue, *gateway.aliases]
         return json_answer(ModelList(data=[Model(id=name) for name in dict.fromkeys(names)]), headers=NO_STORE)
 
-    @api.get("/v1/models/<model>", responses={"200": Model, **answers.documented(UnknownModel, RedisUnavailable)})
+    @api.get("/v1/models/<model>", responses={"200": Model, **errors.documented(UnknownModel, RedisUnavailable)})
     def model(path: ModelPath) -> Response:
         """Look one model up."""
         gateway.catalogue[gateway.aliases.get(path.model, path.model)]
@@ -171,7 +171,7 @@ def _stream(gateway: Gateway, asked: Asked, task_id: str, caller: Caller, call: 
     seen = gateway.tasks.follow(task_id, caller)
     first = next(seen)  # an error comes before the stream begins, with its status
     headers = {"X-Accel-Buffering": "no", **NO_STORE}
-    return Response(events(gateway, asked, chain([first], seen), call), headers=headers, mimetype=STREAM)
+    return Response(events(gateway, asked, chain([first], seen), call), headers=headers, mimetype=answers.STREAM)
 
 
 def events(gateway: Gateway, asked: Asked, seen: Iterator[TaskRecord | Progress | None], call: Call) -> Iterator[str]:
@@ -205,7 +205,7 @@ def _described(call: Call) -> ResponseDict:
     streamed = f"up to `partial_images` times `{call}.partial_image`, then `{call}.completed`, or `error`"
     done = {
         "description": f"The pictures. With `stream`, events: {streamed}.",
-        "content": {**answers.content(ImagesResponse), STREAM: {"schema": {"type": "string"}}},
+        "content": errors.content(ImagesResponse) | answers.streamed(),
         "headers": {"X-Task-ID": {"description": "The task behind this call.", "schema": {"type": "string"}}},
     }
-    return {"200": done, **answers.documented(*REFUSALS)}
+    return {"200": done, **errors.documented(*REFUSALS)}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,11 @@ from PIL import Image
 
 from common.broker import Broker
 from common.schemas import TaskRecord
-from common.settings import load_settings
+from common.settings import Settings, load_settings
 from tests.fleet import await_final, ready_workers, record
 from tests.integration.nginx_edge import nginx
 from tests.samples import drawn, encoded
-from tests.servers import GatewayServer, RedisServer, WorkerServer
+from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
 from tests.tenants import bearer
 from worker.pico.judge import judge
 from worker.pico.scenes import Scene, Thing
@@ -38,6 +40,7 @@ class Fleet:
 
     url: str
     broker: Broker
+    served: Settings
     key: str
     other: str
 
@@ -72,7 +75,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             nginx(base / "edge", gateway.port) as edge,
         ):
             ready_workers(broker, within_s=120)
-            yield Fleet(edge.url, broker, *keys)
+            yield Fleet(edge.url, broker, served, *keys)
         broker.close()
 
 
@@ -232,3 +235,22 @@ def test_whoever_hangs_up_finds_the_picture_later(fleet: Fleet, client: OpenAI) 
     assert requests.get(f"{fleet.url}/view/{task_id}/0.png", headers={"X-API-Key": fleet.other}, timeout=10).json()[
         "code"
     ] == "unknown_task"  # fmt: skip
+
+
+def test_a_gateway_that_dies_under_a_call_makes_no_second_task(fleet: Fleet, tmp_path: Path) -> None:
+    before, calls = len(fleet.tasks()), []
+    with GatewayServer(fleet.served, tmp_path / "gateway.out") as gateway, nginx(tmp_path, gateway.port) as edge:
+
+        def die() -> None:
+            eventually(lambda: len(fleet.tasks()) > before)
+            gateway.kill()
+
+        count = openai.DefaultHttpxClient(event_hooks={"request": [calls.append]})
+        eventually(lambda: requests.get(f"{edge.url}/health", timeout=5).ok, within_s=30)
+        threading.Thread(target=die).start()
+        with (
+            fleet.client(base_url=f"{edge.url}/v1", max_retries=2, http_client=count) as client,
+            pytest.raises(openai.InternalServerError, match="502"),
+        ):
+            client.images.generate(prompt="x", model=NOBODYS)
+    assert (len(calls), len(fleet.tasks())) == (1, before + 1)

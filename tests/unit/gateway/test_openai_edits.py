@@ -113,6 +113,7 @@ def test_a_bad_edit_names_its_part_and_leaves_nothing(client: FlaskClient, broke
 NO_FORMS: tuple[tuple[str | None, bytes, int], ...] = (
     ("application/json", b"{}", 415), (None, b"", 415), ("multipart/form-data", b"x", 415),
     ("multipart/form-data; boundary=x", b"", 400), ("multipart/form-data; boundary=x", b"--x\r\nrubbish", 400),
+    ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--\r\n", 400),
     ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n' * 49, 400),
 )  # fmt: skip
 
