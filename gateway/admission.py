@@ -22,6 +22,7 @@ from common.listening import beyond_loopback, is_loopback
 from common.records import Tally
 from common.schemas import Priority
 from common.settings import Settings
+from gateway.webpages import Visitors
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -70,6 +71,7 @@ class Doorkeeper:
     def __init__(self, broker: Broker, settings: Settings) -> None:
         self._broker = broker
         self._insecure = settings.insecure
+        self._visitors = Visitors(settings)
         self._closed = beyond_loopback(settings.host)  # even if Redis should lose its keys
         self._known: dict[str, tuple[float, ApiKey]] = {}
         self._guarded_until = 0.0
@@ -107,8 +109,11 @@ class Doorkeeper:
         return key
 
     def identify(self) -> Caller:
-        """Return who sent the current request; raises Unauthenticated."""
-        return self.admit(shown(request.environ), local=is_local(request.environ))
+        """Return who sent the current request; raises Unauthenticated, and Forbidden for another site's page."""
+        found = self.admit(shown(request.environ), local=is_local(request.environ))
+        if found.key is None:
+            self._visitors.check(request.environ)
+        return found
 
     def recall(self, environ: WSGIEnvironment) -> Caller | None:
         """Return who sent a request if that is known at this moment without asking Redis, else None."""
@@ -117,7 +122,8 @@ class Doorkeeper:
         if token and key and now < until and proves(token, key):
             return _caller(key)
         unguarded = now < self._guarded_until and not self._guarded
-        return OPEN if unguarded and self._opens(is_local(environ)) else None
+        opens = unguarded and self._opens(is_local(environ)) and not self._visitors.refusal(environ)
+        return OPEN if opens else None
 
     def _opens(self, local: bool) -> bool:
         return self._insecure or (local and not self._closed)

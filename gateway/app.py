@@ -42,6 +42,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
         static_folder=None,
     )
     app.config["MAX_CONTENT_LENGTH"] = settings.body_limit_bytes
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # no page of another origin is let in, so preflights are refused
     app.url_map.merge_slashes = False  # an odd path is unknown, not redirected
     problems.install(app)
     catalogue = settings.catalogue()

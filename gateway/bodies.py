@@ -11,12 +11,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, get_origin
-from urllib.parse import urlsplit
 
 from flask import request
 from pydantic import BaseModel, PrivateAttr, WithJsonSchema
 from werkzeug.datastructures import FileStorage, MultiDict
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTimeout
 from werkzeug.formparser import MultiPartParser
 
 from common.errors import FieldError, InvalidRequest, TooBusy, UnsupportedMediaType
@@ -119,12 +118,16 @@ def read_with_files(model: type[fields.M], form: type[Form]) -> tuple[fields.M, 
 
 def _read(limit: int | None = None) -> bytes:
     """Return the body's bytes, of which there may be so many, and no more than the settings allow."""
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":  # a few bytes could become gigabytes
+        raise UnsupportedMediaType("the body must not be compressed; send it without Content-Encoding")
     limits = [bound for bound in (limit, request.max_content_length) if bound is not None]
     request.max_content_length = min(limits, default=None)
     try:
         raw = request.get_data(cache=False)
     except HTTPException:
         raise
+    except TimeoutError:
+        raise RequestTimeout from None
     except Exception:  # gunicorn has some ten kinds of its own for a body in broken chunks
         raise fields.malformed("the body broke off, or its chunks are not well-formed HTTP") from None
     if request.content_length is None and len(raw) == request.max_content_length:
@@ -139,9 +142,6 @@ def read_parts(most: int) -> Parts:
     """
     if request.mimetype != FORM:
         raise UnsupportedMediaType(f"the body must be a form; send it as {FORM}")
-    origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
-        raise UnsupportedMediaType("a form that another site's page sends is not read; send JSON")
     boundary = request.mimetype_params.get("boundary", "")
     if not boundary:
         raise UnsupportedMediaType(f"{FORM} must name its boundary")

@@ -15,6 +15,8 @@ import gevent  # type: ignore[import-untyped]
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
+from gateway.slowclients import ClientSocket
+
 DRAIN_EVERY_S = 0.1
 SLICE_S = (
     0.005  # for which requests are begun one after the other before answers of Redis and new submits get their turn
@@ -88,15 +90,20 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn ships no types
     def timeout_ctx(self) -> _Idle:
         return _Idle(self.cfg.keepalive, self._idle)
 
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        super().handle(listener, ClientSocket(client), addr)
+
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         loop = gevent.get_hub().loop
         if req.method == "GET" and time.time() - loop.now() > SLICE_S:  # thousands may have come at once
             gevent.sleep(0)
         one = _OneWrite(sock)
+        sock.expect_body()
         try:
             return super().handle_request(listener_name, req, one, addr)
         finally:
             one.flush()
+            sock.expect_head()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         if req is not None or not isinstance(exc, ParseException):

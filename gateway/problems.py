@@ -93,6 +93,7 @@ HTTP_CODES: Mapping[int, tuple[str, str]] = {  # what werkzeug raises: code and,
     400: ("bad_request", ""),
     404: ("not_found", "there is nothing at this address; the API is described at /docs"),
     405: ("method_not_allowed", "this method is not allowed here; see the Allow header"),
+    408: ("request_timeout", "the body came too slowly; send it again over a faster connection"),
     413: ("body_too_large", "the body is larger than {limit} bytes"),
 }
 UNREADABLE: Mapping[str, tuple[Kind, str]] = {  # what gunicorn raises before there is a request, by its class
@@ -153,9 +154,10 @@ def unreadable(error: Exception) -> bytes:
     """Return the whole answer, as it goes over the wire, to what is no well-formed HTTP request."""
     kind, code = UNREADABLE.get(type(error).__name__, (Kind(400, "Bad Request"), "bad_request"))
     body = _problem(kind, code, "the request is not well-formed HTTP, or its line or headers are too large")
-    head = f"HTTP/1.1 {kind.status} {kind.title}\r\nConnection: close\r\nContent-Type: {MEDIA_TYPE}\r\n"
     data = body.model_dump_json().encode()
-    return f"{head}X-Content-Type-Options: nosniff\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    headers = [("Connection", "close"), ("Content-Type", MEDIA_TYPE), ("Content-Length", len(data))]
+    lines = "".join(f"{name}: {value}\r\n" for name, value in (*headers, *requestlog.PROTECTION))
+    return f"HTTP/1.1 {kind.status} {kind.title}\r\n{lines}\r\n".encode() + data
 
 
 def documented(*errors: type[FleetError]) -> ResponseDict:

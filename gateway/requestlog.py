@@ -23,9 +23,18 @@ if TYPE_CHECKING:
 REQUEST_ID = "zfleet.request_id"  # in the WSGI environment
 TASK_ID = "zfleet.task_id"
 ROUTE = "zfleet.route"  # the rule, where an answer came from in front of Flask
-NOSNIFF = ("X-Content-Type-Options", "nosniff")
+
+# On every answer, unless the view says otherwise of itself; Nginx has the same for its own (deploy/nginx)
+PROTECTION = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"),
+)
 
 _GIVEN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TASK_ID = re.compile(r"[0-9a-f-]{1,64}")  # anything else could be a key that somebody pasted
 
 
 class RequestLog:
@@ -43,7 +52,8 @@ class RequestLog:
 
         def start(code: str, headers: list[tuple[str, str]], exc_info: Any = None, /) -> Any:
             line.update(_what(environ), status=int(code[:3]))
-            headers += [("X-Request-ID", own), NOSNIFF]
+            said = {name.lower() for name, _ in headers}
+            headers += [("X-Request-ID", own), *(one for one in PROTECTION if one[0].lower() not in said)]
             return start_response(code, headers, exc_info)
 
         try:
@@ -98,4 +108,4 @@ def _what(environ: WSGIEnvironment) -> dict[str, str | None]:
         route = asked.url_rule.rule
         task_id = task_id or (asked.view_args or {}).get("task_id")
     line = {"route": route}
-    return {**line, "task_id": task_id[:64]} if task_id else line
+    return {**line, "task_id": task_id} if task_id and _TASK_ID.fullmatch(task_id) else line

@@ -17,6 +17,9 @@ from typing import NoReturn
 
 DEFAULT_RATE = "10r/s"  # sustained submissions per client address
 DEFAULT_BURST = 40  # submissions accepted above the rate before the first 429
+DEFAULT_CONNECTIONS = 1024  # requests under way at once per client address: long polls, streams
+DEFAULT_BODIES = 128  # of those, with a body: submissions, and OpenAI's calls until their image is there
+MOST_CONNECTIONS = 65_535  # that Nginx can count to
 HTTP2_DIRECTIVE_SINCE = (1, 25, 1)  # from here on `http2 on;` replaces the parameter of `listen`
 
 _HOST = r"(?:[A-Za-z0-9_*.-]+|\[[0-9A-Fa-f:.]+\])"
@@ -38,6 +41,8 @@ def render(
     server_name: str = "_",
     rate: str = DEFAULT_RATE,
     burst: int = DEFAULT_BURST,
+    connections: int = DEFAULT_CONNECTIONS,
+    bodies: int = DEFAULT_BODIES,
     user: str | None = None,
     worker_processes: str = "auto",
     pid_file: str | Path | None = None,
@@ -51,6 +56,7 @@ def render(
     gateways: `host:port` of each gateway. results_dir: where the local storage keeps the images; run_dir: an existing
     directory for the pid file, logs and temporary files; both absolute. listen, tls_listen: `port` or `address:port`.
     rate: sustained submissions per client address, `<n>r/s` or `<n>r/m`; burst: how many more are accepted at once.
+    connections: requests under way at once per client address; bodies: how many of them may have a body.
     user: whom the workers run as, `name` or `name:group`; only for a master started as root (Nginx warns otherwise).
     pid_file: default `run_dir/nginx.pid`. tls_cert, tls_key: PEM files; with them the service is on tls_listen, and
     listen redirects there. nginx_version: the version that will read the file; it decides how HTTP/2 is spelt.
@@ -63,6 +69,9 @@ def render(
     workers = _matching("workers", worker_processes, r"auto|[1-9]\d{0,2}", "a number from 1 to 999, or auto")
     if burst < 0:
         raise ValueError(f"burst: {burst} is negative")
+    for name, count in (("connections", connections), ("bodies", bodies)):
+        if not 1 <= count <= MOST_CONNECTIONS:
+            raise ValueError(f"{name}: {count} is not between 1 and {MOST_CONNECTIONS}")
 
     redirect, tls = "", ""
     listens = [f"listen {port};" for port in plain_ports]
@@ -87,6 +96,8 @@ def render(
         rate=rate,
         retry_after_s=_seconds_per_request(rate),
         burst=burst,
+        connections=connections,
+        bodies=bodies,
         gateways="\n".join(f"        server {server} max_fails=3 fail_timeout=5s;" for server in servers),
         redirect_server=redirect,
         listen="\n".join(f"        {line}" for line in listens),
@@ -200,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--server-name", default="_", metavar="NAMES", help="host names, separated by spaces (default: any)")
     add("--rate", default=DEFAULT_RATE, help="submissions per client address, <n>r/s or <n>r/m (default: %(default)s)")
     add("--burst", type=int, default=DEFAULT_BURST, help="submissions above the rate at once (default: %(default)s)")
+    add("--connections", type=int, default=DEFAULT_CONNECTIONS, help="requests at once per client address")
+    add("--bodies", type=int, default=DEFAULT_BODIES, help="of those, with a body (default: %(default)s)")
     add("--user", metavar="NAME[:GROUP]", help="whom the workers run as; only if Nginx is started as root")
     add("--workers", default="auto", metavar="N", help="worker processes (default: one per core)")
     add("--tls-cert", metavar="FILE", help="PEM certificate chain; turns TLS on")

@@ -22,7 +22,7 @@ from common.storage import open_storage
 from tests.servers import GatewayServer, RedisServer, eventually
 from tests.unit.gateway.fake_worker import PICTURE, FakeWorker
 
-CHUNKED = b"POST /api/submit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED = b"POST /api/submit HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Gateway(GatewayServer):
@@ -168,7 +168,7 @@ def test_a_thousand_waiters_are_let_go_together(
 def open_wait(gateway: Gateway, task_id: str) -> socket.socket:
     """Send a status request that waits, on a connection of its own, and do not read the answer yet."""
     sock = socket.create_connection(("127.0.0.1", gateway.port), timeout=30)
-    sock.sendall(f"GET /api/status/{task_id}?wait=60 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    sock.sendall(f"GET /api/status/{task_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     return sock
 
 
@@ -190,7 +190,7 @@ def test_a_connection_is_kept_for_the_next_request(gateway: Gateway) -> None:
             answer = session.get(f"{gateway.url}/api/templates", timeout=5)
             assert answer.headers["Connection"] == "keep-alive"
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as sock:
-        request = b"GET /api/status/x HTTP/1.1\r\nHost: x\r\n\r\n"
+        request = b"GET /api/status/x HTTP/1.1\r\nHost: localhost\r\n\r\n"
         sock.sendall(request)
         assert read_answer(sock).startswith(b"HTTP/1.1 404")
         sock.sendall(request)
@@ -200,12 +200,12 @@ def test_a_connection_is_kept_for_the_next_request(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     ("sent", "status", "code"),
     [
-        (b"GET /api/status/" + b"x" * 9_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri_too_long"),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"x" * 9_000 + b"\r\n\r\n", 431, "headers_too_large"),
+        (b"GET /api/status/" + b"x" * 9_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414, "uri_too_long"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"x" * 9_000 + b"\r\n\r\n", 431, "headers_too_large"),
         (b"GET / HTTP/1.1\r\n" + b"X-A: secret\r\n" * 200 + b"\r\n", 431, "headers_too_large"),
         (b"secret\r\n\r\n", 400, "bad_request"),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nbad header: secret\r\n\r\n", 400, "bad_request"),
-        (b"POST /api/submit HTTP/1.1\r\nHost: x\r\nContent-Length: secret\r\n\r\n", 400, "bad_request"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nbad header: secret\r\n\r\n", 400, "bad_request"),
+        (b"POST /api/submit HTTP/1.1\r\nHost: localhost\r\nContent-Length: secret\r\n\r\n", 400, "bad_request"),
         (CHUNKED + b'5\r\n{"pro\r\nzz\r\nsecret\r\n0\r\n\r\n', 400, "malformed_body"),
         (CHUNKED + b"-5\r\nsecret", 400, "malformed_body"),
         (CHUNKED + b"5\r\nsecretsecret\r\n0\r\n\r\n", 400, "malformed_body"),

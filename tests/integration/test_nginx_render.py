@@ -54,6 +54,8 @@ def test_config_is_clean(unprivileged: bool, tmp_path: Path) -> None:
         ({"listen": "70000"}, "listen"),
         ({"rate": "0r/s"}, "rate"),
         ({"burst": -1}, "burst"),
+        ({"connections": 0}, "connections"),
+        ({"bodies": 70_000}, "bodies"),
         ({"user": "a b"}, "user"),
         ({"server_name": "a;b"}, "server-name"),
         ({"worker_processes": "0"}, "workers"),

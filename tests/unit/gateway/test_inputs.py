@@ -214,7 +214,7 @@ def test_a_form_of_another_sites_page_is_refused(client: FlaskClient, broker: Br
         data = {"request": '{"prompt": "x", "model": "simulated"}'}
         return client.post("/api/submit", data=data, content_type="multipart/form-data", headers=headers).status_code
 
-    assert [send(Origin=origin) for origin in ("https://evil.example", "null", "http://localhost:1")] == [415] * 3
+    assert [send(Origin=origin) for origin in ("https://evil.example", "null", "http://localhost:1")] == [403] * 3
     assert broker.pending() == 0
     assert send(Origin="http://localhost") == 202
 

@@ -8,7 +8,7 @@ import pytest
 from flask.testing import FlaskClient
 from structlog.testing import capture_logs
 
-from gateway import requestlog
+from gateway import docs, requestlog
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +31,12 @@ def test_any_other_is_replaced(client: FlaskClient, given: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/api/templates", "/nowhere", "/api/status/x", "/docs", "/docs/assets/none"])
-def test_every_answer_has_an_id_and_nosniff(client: FlaskClient, path: str) -> None:
+def test_every_answer_has_an_id_and_what_protects_its_reader(client: FlaskClient, path: str) -> None:
     headers = client.get(path).headers
     assert headers["X-Request-ID"]
-    assert headers.getlist("X-Content-Type-Options") == ["nosniff"]
+    for name, value in requestlog.PROTECTION:
+        own = name == "Content-Security-Policy" and path == "/docs"
+        assert headers.getlist(name) == [docs.POLICY if own else value]
 
 
 def test_a_line_says_what_was_asked_and_never_what_was_sent(client: FlaskClient) -> None:
@@ -52,10 +54,11 @@ def test_a_line_says_what_was_asked_and_never_what_was_sent(client: FlaskClient)
     assert "secret" not in json.dumps(logs)
 
 
-def test_the_task_of_a_path_is_cut(client: FlaskClient) -> None:
+@pytest.mark.parametrize("given", ["f" * 65, "zfk_0123456789ab_" + "0" * 64, "a secret"])
+def test_what_is_no_tasks_id_is_not_logged(client: FlaskClient, given: str) -> None:
     with capture_logs() as logs:
-        client.get("/api/status/" + "x" * 5000)
-    assert len(logs[0]["task_id"]) == 64
+        client.get(f"/api/status/{given}")
+    assert "task_id" not in logs[0]
 
 
 def test_the_id_goes_with_the_task(client: FlaskClient, broker: object) -> None:
