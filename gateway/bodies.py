@@ -124,10 +124,10 @@ def _read(limit: int | None = None) -> bytes:
     request.max_content_length = min(limits, default=None)
     try:
         raw = request.get_data(cache=False)
-    except HTTPException:
+    except HTTPException as error:
+        if isinstance(error.__context__, TimeoutError):  # slowclients.py's; werkzeug takes it for a hang-up
+            raise RequestTimeout from None
         raise
-    except TimeoutError:
-        raise RequestTimeout from None
     except Exception:  # gunicorn has some ten kinds of its own for a body in broken chunks
         raise fields.malformed("the body broke off, or its chunks are not well-formed HTTP") from None
     if request.content_length is None and len(raw) == request.max_content_length:

@@ -1,7 +1,8 @@
-"""What a web page can make its visitor's browser send here. A gateway that wants no key must not take it for the visitor.
+"""What a web page can make its visitor's browser send here, which a gateway that wants no key must not do for it.
 
-A page of another site may send requests (then the browser names that site in `Origin`), and may have its own name point
-to this machine, so that the browser takes this gateway for a part of the site (DNS rebinding: then `Host` has that name).
+A page of another site may send requests (then the browser names that site in `Origin`), and may have its own name
+point to this machine, so that the browser takes this gateway for a part of that site (DNS rebinding: then `Host` has
+that name).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Visitors:
                 "ZFLEET_URL; use one of them, or make a key: zfleet keys create"
             )
         origin: str | None = environ.get("HTTP_ORIGIN")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             return "without API keys this gateway answers to no page of another site"
         return ""
 

@@ -231,7 +231,7 @@ def test_preflights_are_refused(whole: Front, server: int) -> None:
 
 def test_nginx_tells_who_asks_and_no_client_can(whole: Front) -> None:
     """A stranger's address in front of it would take the open tenant away from a local caller: it never arrives."""
-    lie = {name: "203.0.113.9" for name in ("X-Forwarded-For", "X_Forwarded_For", "Forwarded", "X-Real-IP")}
+    lie = dict.fromkeys(("X-Forwarded-For", "X_Forwarded_For", "Forwarded", "X-Real-IP"), "203.0.113.9")
     assert requests.get(f"{whole.edge.url}/api/workers", headers=lie, timeout=5).status_code == 200
     assert requests.get(f"{whole.gateway.url}/api/workers", headers=lie, timeout=5).status_code == 401
 
