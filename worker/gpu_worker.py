@@ -113,6 +113,10 @@ class GpuWorker(SimpleWorker):
         """Keep our own short time-outs; RQ would wait minutes on a Redis that hangs."""
         return connection
 
+    def _set_ip_address(self, connection: Redis) -> None:
+        """Leave it unknown: RQ would look it up by CLIENT LIST, which shows everybody's connections."""
+        self.ip_address = "unknown"
+
     def run(self) -> int:
         """Load, register, and work until drained; returns the process's exit code."""
         self.register_birth()

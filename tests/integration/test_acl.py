@@ -1,0 +1,277 @@
+"""deploy/redis/users.acl on a real Redis: the whole fleet works with it, and none of its users can do more."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+import requests
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from common import keys
+from common.apikeys import ApiKey, Token
+from common.broker import Broker
+from common.records import Hold
+from common.settings import Settings, load_settings
+from tests.fleet import await_final, await_running, ready_workers, record, submit_many
+from tests.integration.guarded_redis import NAMES, USERS, GuardedRedis
+from tests.integration.hardened import answers
+from tests.servers import GatewayServer, WorkerServer, binary, eventually, free_port
+from tests.unit.gateway.fake_worker import FakeWorker
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedRedis]:
+    with GuardedRedis(tmp_path_factory.mktemp("guarded")) as server:
+        yield server
+
+
+def settings_of(guarded: GuardedRedis, user: str, folder: Path) -> Settings:
+    return load_settings(
+        {
+            "redis_url": guarded.url_of(user),
+            "data_dir": folder,
+            "models": ("simulated",),
+            "devices": "cpu",
+            "simulated_image_ms": 500.0,
+            "lease_s": 2.0,
+            "beat_s": 0.5,
+        }
+    )
+
+
+@pytest.fixture
+def gateway_side(guarded: GuardedRedis, tmp_path: Path) -> Iterator[Broker]:
+    broker = Broker(settings_of(guarded, "gateway", tmp_path))
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def worker_side(guarded: GuardedRedis, tmp_path: Path) -> Iterator[Broker]:
+    broker = Broker(settings_of(guarded, "worker", tmp_path))
+    yield broker
+    broker.close()
+
+
+# ---- what works
+
+
+def test_the_whole_fleet_works_as_these_users(guarded: GuardedRedis, gateway_side: Broker, tmp_path: Path) -> None:
+    guarded.client.acl_log_reset()
+    ours, theirs = (settings_of(guarded, user, tmp_path / "data") for user in ("gateway", "worker"))
+    with WorkerServer(theirs, tmp_path / "worker.log") as workers, GatewayServer(ours, tmp_path / "log") as gateway:
+        eventually(lambda: answers(gateway.url), within_s=30)
+        ready_workers(gateway_side)
+        assert requests.get(f"{gateway.url}/ready", timeout=5).ok
+        _travel(gateway.url)
+        _cancel_and_follow(gateway.url)
+        _crash(gateway_side, workers)
+        for path in ("/health", "/api/tasks", "/api/queue", "/api/workers", "/api/models"):
+            assert requests.get(gateway.url + path, timeout=5).ok
+    assert guarded.refused() == []
+
+
+def _travel(url: str) -> None:
+    headers = {"Idempotency-Key": "once"}
+    ids = {
+        requests.post(f"{url}/api/submit", json={"prompt": "x", "deadline_s": 60}, headers=headers, timeout=5).json()[
+            "task_id"
+        ]
+        for _ in range(2)
+    }
+    (task_id,) = ids
+    seen = requests.get(f"{url}/api/status/{task_id}", params={"wait": 20}, timeout=30).json()
+    assert seen["status"] == "succeeded"
+    assert requests.get(url + seen["images"][0]["url"], timeout=5).ok
+
+
+def _cancel_and_follow(url: str) -> None:
+    sent = [requests.post(f"{url}/api/submit", json={"prompt": "x", "n": 8}, timeout=5).json() for _ in range(3)]
+    with requests.get(url + sent[0]["events_url"], stream=True, timeout=20) as events:
+        for one in reversed(sent):
+            assert requests.post(url + one["cancel_url"], timeout=5).ok
+        assert b"event: canceled" in list(events.iter_lines())
+
+
+def _crash(broker: Broker, workers: WorkerServer) -> None:
+    (task_id,) = submit_many(broker, 1, n=3, steps=50)
+    await_running(broker, [task_id])
+    (child,) = psutil.Process(workers.pid).children()
+    child.kill()
+    (task,) = await_final(broker, [task_id])
+    assert [attempt.outcome for attempt in task.attempts] == ["crashed", "succeeded"]
+
+
+def test_the_books_are_kept_as_these_users(guarded: GuardedRedis, gateway_side: Broker, worker_side: Broker) -> None:
+    """What takes long to come about in a running fleet: each transition by itself."""
+    guarded.client.acl_log_reset()
+    worker = FakeWorker(worker_side)
+    lost, given_back, late, astray = (submit_many(gateway_side, 1)[0] for _ in range(4))
+    for task in worker.take(2):
+        if task.task_id == given_back:
+            worker_side.release(worker.name, Hold(task.task_id, task.fence))
+    eventually(lambda: lost in [reaped.task_id for reaped in worker_side.reap()], within_s=15, every_s=0.2)
+    for task_id in (lost, given_back, late):
+        assert gateway_side.cancel(task_id, None) == "canceled"
+    guarded.client.delete("rq:queue:simulated.normal.default")
+    eventually(lambda: astray in worker_side.reconcile(), within_s=15, every_s=0.2)
+    assert gateway_side.cancel(astray, None) == "canceled"
+    (expiring,) = submit_many(gateway_side, 1, deadline_s=0.05)
+    eventually(lambda: expiring in worker_side.expire())
+    assert record(gateway_side, expiring).status == "expired"
+    assert len(gateway_side.shared_secret("signing")) == 32
+    gateway_side.probe()
+    assert guarded.refused() == []
+
+
+def test_what_redis_forgot_is_told_again_as_these_users(tmp_path: Path) -> None:
+    with GuardedRedis(tmp_path) as server:
+        broker = Broker(settings_of(server, "gateway", tmp_path))
+        (kept,) = submit_many(broker, 1)
+        time.sleep(1.2)
+        written = server.written()
+        (task_id,) = submit_many(broker, 1)
+        server.kill()
+        server.forget(written)
+        server.start()
+        assert server.client.exists(f"zf:task:{kept}"), "what stands in its file is read whoever the default user is"
+        assert record(broker, task_id).status == record(broker, kept).status == "queued"
+        assert server.refused() == []
+        broker.close()
+
+
+def test_the_operator_makes_keys_and_steers_by_rqs_tools(
+    guarded: GuardedRedis, gateway_side: Broker, tmp_path: Path
+) -> None:
+    guarded.client.acl_log_reset()
+    operator = Broker(settings_of(guarded, "operator", tmp_path))
+    token = Token.new()
+    key = ApiKey(key_id=token.key_id, tenant="acme", digest=token.digest, created_at=datetime.now(UTC))
+    operator.put_key(key, share=2)
+    assert operator.all_keys() == [key] and operator.shares() == {"acme": 2.0}
+    assert gateway_side.key(token.key_id) == key and gateway_side.guarded()
+    operator.close()
+    for arguments in (["info", "--serializer", "json"], ["suspend"], ["resume"]):
+        command = [sys.executable, "-m", "rq.cli", *arguments, "--url", guarded.url_of("operator")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert guarded.refused() == []
+    guarded.client.delete("zf:keys", "zf:shares", f"zf:key:{token.key_id}")
+
+
+# ---- what does not
+
+FORBIDDEN = (
+    "CONFIG GET *", "CONFIG SET dir /tmp", "CONFIG REWRITE", "FLUSHALL", "FLUSHDB", "KEYS *", "DEBUG SLEEP 0",
+    "SHUTDOWN NOSAVE", "ACL LIST", "ACL SETUSER x on", "ACL WHOAMI", "MODULE LIST", "MODULE LOAD /tmp/x.so",
+    "SCRIPT FLUSH", "SCRIPT KILL", "FUNCTION LIST", "SAVE", "BGSAVE", "BGREWRITEAOF", "REPLICAOF 127.0.0.1 1",
+    "MONITOR", "CLIENT LIST", "CLIENT KILL ID 1", "CLIENT PAUSE 1", "MIGRATE 127.0.0.1 1 zf:x 0 1",
+    "RESTORE zf:x 0 x", "SWAPDB 0 1", "SORT zf:open", "SLOWLOG GET", "LATENCY DOCTOR", "CLUSTER INFO",
+    "FAILOVER", "PSYNC ? -1", "GET other", "SET other 1", "SUBSCRIBE other", "PUBLISH other x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FORBIDDEN)
+@pytest.mark.parametrize("user", NAMES)
+def test_a_user_may_not(guarded: GuardedRedis, user: str, command: str) -> None:
+    with pytest.raises(redis.exceptions.ResponseError, match=r"no permission|not allowed"):
+        guarded.as_user(user).execute_command(*command.split(" "))
+
+
+NOT_BY_WORKERS = (
+    "HSET zf:key:a key x", "SADD zf:keys a", "SMEMBERS zf:keys", "HSET zf:shares a 9", "HGET zf:secrets a",
+    "HSET zf:secrets a b", "HSET zf:idem:a id b", "SUBSCRIBE __keyspace@0__:x",
+)  # fmt: skip
+NOT_BY_GATEWAYS = (
+    "HSET zf:key:a key x", "DEL zf:keys", "SADD zf:keys a", "HSET zf:shares a 9", "SET zf:claim:a x", "DEL zf:task:a",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("user", "command"),
+    [
+        *(("worker", command) for command in NOT_BY_WORKERS),
+        *((user, command) for user in ("gateway", "courier") for command in NOT_BY_GATEWAYS),
+    ],
+)
+def test_who_serves_tenants_makes_no_keys(guarded: GuardedRedis, user: str, command: str) -> None:
+    """Nor reads, as a worker, what gateways sign with; by a script no more than by itself."""
+    client = guarded.as_user(user)
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        client.execute_command(*command.split(" "))
+    if not command.startswith("SUBSCRIBE"):
+        call = ",".join(f"'{part}'" for part in command.split(" "))
+        with pytest.raises(redis.exceptions.ResponseError, match=r"can't (run|access)"):
+            client.eval(f"return redis.call({call})", 0)
+
+
+@pytest.mark.parametrize(
+    "call", ["'SET','other','1'", "'GET','other'", "'KEYS','*'", "'FLUSHALL'", "'CONFIG','GET','*'"]
+)
+@pytest.mark.parametrize("user", NAMES)
+def test_a_script_may_no_more_than_its_user(guarded: GuardedRedis, user: str, call: str) -> None:
+    """The scripts here name no keys in advance: Redis looks at every call that they make."""
+    with pytest.raises(redis.exceptions.ResponseError):
+        guarded.as_user(user).eval(f"return redis.call({call})", 0)
+    assert guarded.client.get("other") is None
+
+
+def test_nobody_is_let_in_without_a_password(guarded: GuardedRedis) -> None:
+    once = Retry(NoBackoff(), 0)
+    for user, password in ((None, None), ("worker", "x"), ("default", ""), ("nobody", "x")):
+        client = redis.Redis(port=guarded.port, username=user, password=password, retry=once)
+        with pytest.raises(redis.exceptions.AuthenticationError):
+            client.ping()
+
+
+def test_redis_does_not_start_while_a_password_is_missing(tmp_path: Path) -> None:
+    command = [binary("redis-server"), "--port", str(free_port()), "--dir", str(tmp_path), "--aclfile", str(USERS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode != 0 and "hash must be exactly 64 characters" in done.stdout + done.stderr
+
+
+def test_the_readmes_line_fills_the_passwords_in(tmp_path: Path) -> None:
+    readme = USERS.with_name("README.md").read_text("utf-8")
+    script = re.search(r"```sh\n(.*?)```", readme, re.DOTALL)
+    assert script is not None
+    text = script[1].replace("/etc/redis/users.acl", str(tmp_path / "users.acl")).replace("-o redis -g redis ", "")
+    done = subprocess.run(["bash", "-ec", text], cwd=USERS.parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    filled = (tmp_path / "users.acl").read_text("utf-8")
+    assert "PASSWORD" not in filled and len(re.findall(r"#[0-9a-f]{64} ", filled)) == len(NAMES)
+    assert (tmp_path / "users.acl").stat().st_mode & 0o077 == 0
+    shown = dict(line.split(": ") for line in done.stdout.strip().splitlines())
+    assert shown.keys() == set(NAMES) and len(set(shown.values())) == len(NAMES)
+
+
+ONLY_READ = ("API_KEY", "API_KEYS", "SHARES")
+
+
+def test_every_key_is_in_reach_of_who_needs_it(guarded: GuardedRedis) -> None:
+    """A key that is new in common/keys.py has to be let through here, too, to somebody at least."""
+    names = {name: key for name, key in vars(keys).items() if name.isupper() and isinstance(key, str)}
+    channels = ("ENDS", "STEPS")
+    for name, key in names.items():
+        if name in channels:
+            continue
+        full = key + "x" if key.endswith(":") else key
+        command = "HGET" if name in ONLY_READ else "HSET"
+        allowed = {user: _may(guarded, user, command, full) for user in ("gateway", "worker")}
+        assert any(allowed.values()), f"{name}: {full} is in nobody's reach; see {USERS.name}"
+        if name in ONLY_READ:
+            assert not any(_may(guarded, user, "HSET", full) for user in ("gateway", "worker")), name
+
+
+def _may(guarded: GuardedRedis, user: str, command: str, key: str) -> bool:
+    arguments = ("f", "v") if command == "HSET" else ("f",)
+    return bool(guarded.client.execute_command("ACL", "DRYRUN", user, command, key, *arguments) == "OK")
