@@ -25,7 +25,7 @@ class ModelSpec(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="the alias clients use")
     source: str = Field(description="a folder, a hub id, or `builtin` for a model that ships with zfleet")
-    revision: str | None = Field(default=None, description="the hub revision to pin")
+    revision: str | None = Field(default=None, description="the commit of a hub id, 40 hex digits: no other is fetched")
     pipeline: str = Field(default="zimage", description="a module of worker/pipelines")
     dtype: str = Field(default="bfloat16", description="weights on a GPU; a CPU always computes in float32")
 
@@ -33,7 +33,7 @@ class ModelSpec(BaseModel):
         default=("text",), description="what it can make a picture from, beside text: image, inpaint, control, edit"
     )
     controlnet: str | None = Field(default=None, description="a folder or hub id of its ControlNet; for mode control")
-    controlnet_revision: str | None = Field(default=None, description="the hub revision to pin")
+    controlnet_revision: str | None = Field(default=None, description="likewise")
 
     width: int = 1024
     height: int = 1024
@@ -74,6 +74,7 @@ BUILT_IN: tuple[ModelSpec, ...] = (
     ModelSpec(
         name="turbo",
         source="Tongyi-MAI/Z-Image-Turbo",
+        revision="f332072aa78be7aecdf3ee76d5c247082da564a6",
         modes=("text", "image", "inpaint"),
         run_limit_s=8.0,
         memory_mb=Z_IMAGE_MB,
@@ -82,6 +83,7 @@ BUILT_IN: tuple[ModelSpec, ...] = (
     ModelSpec(
         name="base",
         source="Tongyi-MAI/Z-Image",
+        revision="04cc4abb7c5069926f75c9bfde9ef43d49423021",
         modes=("text", "image", "inpaint"),
         steps=50,
         guidance_scale=4.0,

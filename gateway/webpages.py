@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from common.errors import Forbidden
 from common.settings import Settings
@@ -27,7 +26,8 @@ class Visitors:
 
     def __init__(self, settings: Settings) -> None:
         self._insecure = settings.insecure
-        self._own = {name for name in (settings.host.lower(), urlsplit(settings.url).hostname) if name}
+        own = (settings.host, *(url.partition("://")[2].partition("/")[0] for url in (settings.url, settings.public_url)))
+        self._own = {name for name in map(_hostname, own) if name}
 
     def check(self, environ: WSGIEnvironment) -> None:
         """Raise Forbidden for a request that another site's page may have sent."""
@@ -42,7 +42,7 @@ class Visitors:
         if not self._is_ours(_hostname(host)):
             return (
                 "without API keys this gateway answers to localhost, to loopback addresses and to the host of "
-                "ZFLEET_URL; use one of them, or make a key: zfleet keys create"
+                "ZFLEET_URL or ZFLEET_PUBLIC_URL; use one of them, or make a key: zfleet keys create"
             )
         origin: str | None = environ.get("HTTP_ORIGIN")
         if origin is not None and origin.partition("://")[2].lower() != host.lower():

@@ -43,8 +43,8 @@ def settings_of(guarded: GuardedRedis, user: str, folder: Path) -> Settings:
             "models": ("simulated",),
             "devices": "cpu",
             "simulated_image_ms": 500.0,
-            "lease_s": 2.0,
-            "beat_s": 0.5,
+            "lease_s": 1.0,
+            "beat_s": 0.25,
         }
     )
 

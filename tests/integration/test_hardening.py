@@ -140,7 +140,7 @@ def test_a_head_is_taken_up_to_its_limits(whole: Front, server: int) -> None:
     port = whole.ports[server]
 
     def asked(target: bytes = b"/health", *headers: bytes) -> int:
-        lines = (b"GET " + target + b" HTTP/1.1", b"Host: localhost", *headers, b"", b"")
+        lines = (b"GET " + target + b" HTTP/1.1", b"Host: localhost", b"Connection: close", *headers, b"", b"")
         return say(port, b"\r\n".join(lines)).statuses[0]
 
     room = 8190 - len(b"GET  HTTP/1.1") - (0, 2)[server]  # Nginx counts the line's end as well
@@ -239,7 +239,7 @@ def test_nginx_tells_who_asks_and_no_client_can(whole: Front) -> None:
 @pytest.mark.parametrize("server", [0, 1], ids=["gateway", "nginx"])
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "10.0.0.1", "[::2]", "a@127.0.0.1:x", ""])
 def test_a_name_that_was_made_to_point_here_is_not_served(whole: Front, server: int, host: str) -> None:
-    asked = f"GET /api/tasks HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    asked = f"GET /api/tasks HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
     heard = say(whole.ports[server], asked)
     assert heard.statuses[0] in (400, 403)
     assert b'"tasks"' not in heard.text
@@ -248,7 +248,8 @@ def test_a_name_that_was_made_to_point_here_is_not_served(whole: Front, server: 
 @pytest.mark.parametrize("server", [0, 1], ids=["gateway", "nginx"])
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8080", "127.0.0.1", "127.9.9.9:1", "[::1]:8080"])
 def test_this_machines_own_names_are(whole: Front, server: int, host: str) -> None:
-    assert say(whole.ports[server], f"GET /api/tasks HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).statuses == [200]
+    asked = f"GET /api/tasks HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+    assert say(whole.ports[server], asked).statuses == [200]
 
 
 @pytest.mark.parametrize("server", [0, 1], ids=["gateway", "nginx"])

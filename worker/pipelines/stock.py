@@ -25,7 +25,7 @@ from worker.stepwise import Stepwise
 from worker.zimage.errors import named_errors
 from worker.zimage.parts import weights_dtype
 from worker.zimage.residue import Traces, allocated_bytes, release_cache, weight_bytes
-from worker.zimage.sources import loading, local_folder
+from worker.zimage.sources import commit, loading, local_folder
 
 NEEDED = ("prompt", "num_inference_steps", "generator", "callback_on_step_end")  # arguments no call can do without
 
@@ -184,7 +184,7 @@ def _load(spec: ModelSpec, device: str) -> Any:
         here = local_folder(spec, spec.source)
         pipeline: Any = DiffusionPipeline.from_pretrained(
             here or spec.source,
-            revision=None if here else spec.revision,
+            revision=None if here else commit(spec, spec.source, spec.revision),
             local_files_only=here is not None,
             use_safetensors=True,
             trust_remote_code=False,

@@ -4,6 +4,7 @@ not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ PATTERNS = (
     "config.json",  # of a ControlNet, which has a repository to itself
     "diffusion_pytorch_model*.safetensors*",
 )
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Source(NamedTuple):
@@ -38,11 +40,12 @@ class Source(NamedTuple):
 def find(spec: ModelSpec, source: str, revision: str | None) -> Source:
     """Return where a Z-Image checkpoint is, fetched from the hub if need be.
 
-    Raises ModelLoadFailed for a folder that is not there; the hub's own errors pass.
+    Raises ModelLoadFailed for a folder that is not there and a hub id without a commit; the hub's own errors pass.
     """
     if (here := local_folder(spec, source)) is not None:
         return Source(here, source)
-    folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
+    pinned = commit(spec, source, revision)
+    folder = Path(snapshot_download(source, revision=pinned, allow_patterns=list(PATTERNS)))
     return Source(folder, f"{source}@{folder.name[:12]}")  # a snapshot's folder is named after its commit
 
 
@@ -59,6 +62,19 @@ def local_folder(spec: ModelSpec, source: str) -> Path | None:
     if source.startswith((".", "/", "~")):
         raise ModelLoadFailed(f"model {spec.name}: there is no folder {path}; correct its source")
     return None
+
+
+def commit(spec: ModelSpec, source: str, revision: str | None) -> str:
+    """Return the commit at which a hub id is fetched; raises ModelLoadFailed for a branch, a tag or nothing.
+
+    Those are moved by whoever owns the repository: what is loaded tomorrow would be something else.
+    """
+    if revision is None or not COMMIT.fullmatch(revision):
+        raise ModelLoadFailed(
+            f"model {spec.name}: {source} comes from the hub, so its revision must be a commit of 40 hex digits, not "
+            f"{revision!r}; set it in the models file, or download the model and name the folder"
+        )
+    return revision
 
 
 @contextmanager

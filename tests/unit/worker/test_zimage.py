@@ -213,9 +213,9 @@ def test_a_hub_id_is_asked_for_at_its_revision_and_in_safetensors(monkeypatch: p
 
     monkeypatch.setattr(sources, "snapshot_download", refuse)
     with pytest.raises(ModelLoadFailed, match=r"couldn't connect.*HF_TOKEN"):
-        loader(source="Some-Org/Some-Image", revision="abc123", device="cuda", dtype="bfloat16").load()
+        loader(source="Some-Org/Some-Image", revision="0123456789" * 4, device="cuda", dtype="bfloat16").load()
     assert asked["source"] == "Some-Org/Some-Image"
-    assert asked["revision"] == "abc123"
+    assert asked["revision"] == "0123456789" * 4
     assert not [pattern for pattern in asked["allow_patterns"] if pattern in ("*", "*.bin", "*.safetensors")]
 
 
