@@ -26,7 +26,10 @@ class Visitors:
 
     def __init__(self, settings: Settings) -> None:
         self._insecure = settings.insecure
-        own = (settings.host, *(url.partition("://")[2].partition("/")[0] for url in (settings.url, settings.public_url)))
+        own = (
+            settings.host,
+            *(url.partition("://")[2].partition("/")[0] for url in (settings.url, settings.public_url)),
+        )
         self._own = {name for name in map(_hostname, own) if name}
 
     def check(self, environ: WSGIEnvironment) -> None:
