@@ -62,7 +62,7 @@ def test_a_key_through_nginx_and_gunicorn(edge: Edge, settings: Settings, broker
     assert requests.get(picture).status_code == 401
     assert requests.get(picture, headers=bearer(new_key(broker, "other"))).status_code == 404
     zfleet("keys", "revoke", key.split("_")[1], env=environment(redis_url=settings.redis_url))
-    eventually(lambda: requests.get(picture, headers=bearer(key)).status_code == 401, within_s=2.0)
+    eventually(lambda: requests.get(picture, headers=bearer(key)).status_code == 401, within_s=4.0)
     logs = [path for path in tmp_path.rglob("*") if path.suffix in (".out", ".log")]
     said = "".join(path.read_text("utf-8", "replace") for path in logs)
     assert task_id in said
