@@ -129,9 +129,10 @@ class Doorkeeper:
         return self._insecure or (local and not self._closed)
 
     def _is_guarded(self) -> bool:
-        if time.monotonic() >= self._guarded_until:
+        now = time.monotonic()
+        if now >= self._guarded_until:
             self._guarded = self._broker.guarded()
-            self._guarded_until = time.monotonic() + KNOWN_S
+            self._guarded_until = now + KNOWN_S
         return self._guarded
 
 
