@@ -137,9 +137,10 @@ def _or(value: T | None, default: T) -> T:
 def body_hash(request: GenerateRequest, pictures: Pictures = MappingProxyType({})) -> str:
     """Return what two requests share exactly when they ask for the same: SHA-256 over canonical JSON.
 
-    A picture counts by its file's bytes, however they were sent, and a handle as itself.
+    A picture counts by its file's bytes, however they were sent, and a handle as itself. Defaults are left out, so that
+    two versions of this program, of which one knows more fields, agree.
     """
-    body = request.model_dump()
+    body = request.model_dump(exclude_defaults=True)
     for field, found in pictures.items():
         body[field] = [picture.identity for picture in found]
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))

@@ -9,13 +9,16 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from types import MappingProxyType
 
 from common import inputs
 from common.broker import Broker
 from common.errors import (
     AlreadyFinal,
+    FleetError,
     IdempotencyConflict,
+    InvalidRequest,
     QueueFull,
     QuotaUsedUp,
     RedisUnavailable,
@@ -25,7 +28,7 @@ from common.errors import (
     UnknownTask,
 )
 from common.models import Catalogue
-from common.records import NewTask
+from common.records import NewTask, Submitted
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus, TaskSummary
 from gateway import places, submission
 from gateway.admission import Caller
@@ -84,17 +87,23 @@ class Tasks:
     ) -> Accepted:
         """Accept a request; `files` are those of its pictures that stand in it under a name.
 
-        Raises InvalidRequest, UnknownModel, QueueFull, QuotaUsedUp, TooLate, StorageFull, StorageError,
-        IdempotencyConflict.
+        What an Idempotency-Key has made once is found again, even where the same would be refused by now. Raises
+        InvalidRequest, UnknownModel, QueueFull, QuotaUsedUp, TooLate, StorageFull, StorageError, IdempotencyConflict,
+        and TaskExpired for a task made earlier whose result is past its retention.
         """
         spec = submission.check(request, self._catalogue, caller.priority_max)
         if request.webhook:
             self._targets.check(request.webhook.url)
         pictures = self._pictures.look(inputs.named(request), files, caller.tenant)
-        live = self._broker.limits(spec.name)
-        resolved = submission.resolve(request, spec, pictures, live, caller.priority_max)
-        full = self._disk.reason()
-        if not full:
+        refusal: FleetError | None = StorageFull(full) if (full := self._disk.reason()) else None
+        resolve = partial(submission.resolve, request, spec, pictures, priority_max=caller.priority_max)
+        try:
+            resolved = resolve(live=self._broker.limits(spec.name))
+        except InvalidRequest as error:
+            if not idempotency_key:
+                raise
+            resolved, refusal = resolve(), error  # the workers may have changed since it was accepted
+        if refusal is None:
             self._pictures.keep(pictures)
         task = NewTask(
             task_id=submission.new_task_id(),
@@ -107,15 +116,7 @@ class Tasks:
             idempotency_key=idempotency_key,
             body_hash=submission.body_hash(request, pictures) if idempotency_key else "",
         )
-        try:
-            done = self._broker.submit(task, closed=bool(full))
-        except (QueueFull, QuotaUsedUp, TooLate, IdempotencyConflict) as error:
-            self._pictures.drop(pictures)
-            if full and isinstance(error, QueueFull):
-                raise StorageFull(full) from None
-            raise
-        if not done.created:
-            self._pictures.drop(pictures)
+        done = self._stand_in_line(task, pictures, refusal)
         if done.created:
             return Accepted(
                 task_id=done.task_id, status=TaskStatus.QUEUED, position=done.position, eta_seconds=done.eta_seconds
@@ -124,6 +125,19 @@ class Tasks:
         return Accepted(
             task_id=record.task_id, status=record.status, position=record.position, eta_seconds=record.eta_seconds
         )
+
+    def _stand_in_line(self, task: NewTask, pictures: submission.Pictures, refusal: FleetError | None) -> Submitted:
+        """Return what became of a task; with a `refusal` it may only be one that was accepted before."""
+        try:
+            done = self._broker.submit(task, closed=refusal is not None)
+        except (QueueFull, QuotaUsedUp, TooLate, IdempotencyConflict) as error:
+            self._pictures.drop(pictures)
+            if refusal is not None and isinstance(error, QueueFull):
+                raise refusal from None
+            raise
+        if done.task_id != task.task_id:  # not the same submit, whose first reply was lost
+            self._pictures.drop(pictures)
+        return done
 
     def find(self, task_id: str, caller: Caller) -> TaskRecord:
         """Return a task; raises UnknownTask, and TaskExpired when its result is past its retention."""
