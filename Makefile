@@ -2,7 +2,7 @@
 # relative, and programs of the virtual environment are called as modules (pip's scripts break on a space in their first line).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench load faults soak clean servers
+.PHONY: help demo up test check bench load fuzz faults soak clean servers
 
 PYTHON ?=
 RUN = .venv/bin/python -m
@@ -17,6 +17,8 @@ override export OUT := $(value OUT)
 override export MODEL := $(value MODEL)
 override export WORKERS := $(value WORKERS)
 override export TESTS := $(value TESTS)
+override export CASES := $(value CASES)
+override export SEED := $(value SEED)
 override export SOAK_MINUTES := $(value SOAK_MINUTES)
 
 up: export ZFLEET_DATA_DIR ?= .zfleet
@@ -33,7 +35,7 @@ up: .venv/.runs ## the fleet, until Ctrl-C: MODEL=pico WORKERS=1
 test: .venv/.develops servers ## all tests, or some: TESTS="tests/unit -k client"
 	@if [ -n "$$TESTS" ]; then exec $(RUN) pytest $$TESTS; fi; \
 	$(RUN) pytest -n 2 --dist loadfile tests/unit tests/contract tests/test_architecture.py && \
-	$(RUN) pytest tests/integration && \
+	$(RUN) pytest -n 2 --dist loadfile tests/integration && \
 	exec $(RUN) pytest -n 2 --dist loadfile tests/faults # which mostly waits
 
 check: .venv/.develops ## style, types, and who may import whom
@@ -48,6 +50,9 @@ bench: .venv/.develops servers ## what a task costs beside the model, measured h
 
 load: .venv/.develops ## many clients against a fleet of simulated workers
 	@exec $(RUN) loadtest.run
+
+fuzz: .venv/.develops servers ## the gateway against its own description, some 2 minutes: CASES=5000 SEED=1
+	@exec $(RUN) tests.fuzz.run $${CASES:+"--cases=$$CASES"} $${SEED:+"--seed=$$SEED"}
 
 faults: export ZFLEET_FAULTS = long
 faults: export ZFLEET_FAULTS_REPORT = docs/reliability.md
