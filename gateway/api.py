@@ -13,16 +13,15 @@ from flask_openapi3.models.media_type import MediaType
 from flask_openapi3.models.request_body import RequestBody
 from flask_openapi3.models.schema import Schema
 from flask_openapi3.models.tag import Tag
-from flask_openapi3.types import ResponseDict
 from flask_openapi3.utils import parse_form
 from pydantic import BaseModel, ConfigDict, Field
 from werkzeug.datastructures import Headers
 
-from gateway import bodies, fields, problems
+from gateway import bodies, described, fields, problems
 from gateway.bodies import JSON, Form
+from gateway.described import Documented
 
 F = TypeVar("F", bound=Callable[..., Any])
-Documented = Callable[..., ResponseDict]
 
 NO_STORE = {"Cache-Control": "no-store"}
 
@@ -49,21 +48,31 @@ class Api(APIBlueprint):
     One that names a `form` beside its `body` is given the same body out of a form, too, with the files that came along.
     flask-openapi3 draws the description from the same annotations. It would also read the request, but builds each
     model's JSON schema anew to do so, and parses bodies in a way that cannot tell no JSON from JSON `null`.
+
+    Who may call it, and every error that comes before the view is reached, is described beside what the view answers.
+    An API whose errors have a form of its own says by `documented` how they are described; see problems.documented.
     """
 
     def __init__(
         self, name: str, import_name: str, *, about: str, documented: Documented = problems.documented
     ) -> None:
-        """`documented` describes errors in the form that they have on these routes; see problems.documented."""
-        tag = Tag(name=name, description=about)
-        super().__init__(name, import_name, abp_tags=[tag], abp_responses=documented())
+        self._documented = documented
+        super().__init__(name, import_name, abp_tags=[Tag(name=name, description=about)])
+
+    def get(self, rule: str, **options: Any) -> Callable[[F], F]:
+        """Register a call."""
+
+        def decorate(func: F) -> F:
+            super(Api, self).get(rule, **described.whole(func, options, self._documented))(func)
+            return func
+
+        return decorate
 
     def post(self, rule: str, **options: Any) -> Callable[[F], F]:
         """Register a call, and describe its form beside its JSON: flask-openapi3 knows of one or the other."""
-        register = super().post(rule, **options)
 
         def decorate(func: F) -> F:
-            register(func)
+            super(Api, self).post(rule, **described.whole(func, options, self._documented))(func)
             if form := get_type_hints(func).get("form"):
                 self._describe(rule, form)
             return func
@@ -72,15 +81,15 @@ class Api(APIBlueprint):
 
     def takes_form(self, rule: str, form: type[BaseModel]) -> None:
         """Describe the form that a registered call reads by itself."""
-        described, schemas = parse_form(form)
+        parts, schemas = parse_form(form)
         self.components_schemas.update(schemas)
-        self.paths[rule].post.requestBody = RequestBody(content=described, required=True)
+        self.paths[rule].post.requestBody = RequestBody(content=parts, required=True)
 
     def _describe(self, rule: str, form: type[Form]) -> None:
-        described, schemas = parse_form(form)
+        parts, schemas = parse_form(form)
         self.components_schemas.update(schemas)
         content = self.paths[rule].post.requestBody.content
-        content.update(described)
+        content.update(parts)
         if len(form.file_parts()) == 1:
             file = MediaType(schema=Schema(type=DataType.STRING, format="binary"))
             content.update(dict.fromkeys(bodies.PICTURES, file))

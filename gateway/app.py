@@ -13,6 +13,7 @@ from common.settings import Settings
 from common.storage import open_storage
 from gateway import admission, dialects, docs, images, inputs, metrics, ops, problems
 from gateway.api import Api
+from gateway.described import SCHEMES
 from gateway.dialects.base import Gateway
 from gateway.diskguard import DiskGuard
 from gateway.images import Images
@@ -35,7 +36,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     app = OpenAPI(
         __name__,
         info=Info(title="zfleet", version=VERSION, description="Text to image on a fleet of GPUs."),
-        security_schemes=docs.SCHEMES,
+        security_schemes=SCHEMES,
         validation_error_model=Problem,
         validation_error_status=problems.DEFAULT,
         doc_ui=False,

@@ -7,7 +7,6 @@ from importlib import resources
 
 from flask import Blueprint, Response, send_from_directory
 from flask_openapi3.openapi import OpenAPI
-from flask_openapi3.types import SecuritySchemesDict
 
 from gateway.admission import open_to
 from gateway.bodies import JSON
@@ -28,11 +27,6 @@ PAGE = """<!doctype html>
 """
 START = """window.ui = SwaggerUIBundle({url: "openapi.json", dom_id: "#ui", deepLinking: true, validatorUrl: null});
 """
-SCHEMES: SecuritySchemesDict = {
-    "key": {"type": "http", "scheme": "bearer", "description": "An API key, zfk_…; as `X-API-Key` it may come, too."}
-}
-SECURITY: list[dict[str, list[str]]] = [{"key": []}, {}]  # a fleet without keys wants none
-
 POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
 
 
@@ -45,8 +39,7 @@ def install(app: OpenAPI) -> None:
     @open_to("public")
     def description() -> Response:
         if not drawn:
-            described = app.api_doc | {"security": SECURITY}
-            drawn.append(json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode())
+            drawn.append(json.dumps(app.api_doc, ensure_ascii=False, separators=(",", ":")).encode())
         return Response(drawn[0], content_type=JSON)
 
     @pages.get("/docs")

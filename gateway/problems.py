@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, cast
 
 from flask import Blueprint, Flask, Response, current_app, request
 from flask_openapi3.types import ResponseDict
@@ -100,6 +100,13 @@ UNREADABLE: Mapping[str, tuple[Kind, str]] = {  # what gunicorn raises before th
     "LimitRequestLine": (Kind(414, "URI Too Long"), "uri_too_long"),
     "LimitRequestHeaders": (Kind(431, "Request Header Fields Too Large"), "headers_too_large"),
 }
+OF_HTTP: Mapping[int, str] = {  # each status that is not a FleetError's, and its code
+    **{status: code for status, (code, _) in HTTP_CODES.items()},
+    **{kind.status: code for kind, code in UNREADABLE.values()},
+}
+EVERYWHERE = (400, 414, 431)  # whatever is asked for
+BODY = (413,)  # where a body is read
+HEADERS: Mapping[str, Collection[str]] = {"WWW-Authenticate": ("401",), "Retry-After": ("429", "503")}
 
 
 class Answer(NamedTuple):
@@ -160,13 +167,31 @@ def unreadable(error: Exception) -> bytes:
     return f"HTTP/1.1 {kind.status} {kind.title}\r\n{lines}\r\n".encode() + data
 
 
-def documented(*errors: type[FleetError]) -> ResponseDict:
-    """Return what the API description says of these errors, for a call's `responses`; without any, of all others."""
+def documented(*errors: type[FleetError] | int) -> ResponseDict:
+    """Return what the API description says of these errors, for a call's `responses`; HTTP's own are given by status.
+
+    Without any: what it says of all others.
+    """
     by_status: dict[str, list[str]] = {} if errors else {DEFAULT: ["any other problem"]}
     for error in errors:
-        by_status.setdefault(str(KINDS[error.code].status), []).append(error.code)
+        status, code = _status_and_code(error)
+        by_status.setdefault(str(status), []).append(code)
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": ", ".join(codes), "content": content} for status, codes in by_status.items()}
+    return {
+        status: {"description": ", ".join(codes), "content": content, **documented_headers(status)}
+        for status, codes in by_status.items()
+    }
+
+
+def _status_and_code(error: type[FleetError] | int) -> tuple[int, str]:
+    return (error, OF_HTTP[error]) if isinstance(error, int) else (KINDS[error.code].status, error.code)
+
+
+def documented_headers(status: str) -> dict[str, Any]:
+    """Return what the API description says of the headers that every problem of this status has."""
+    names = [name for name, statuses in HEADERS.items() if status in statuses]
+    described = {name: {"required": True, "schema": {"type": "string"}} for name in names}
+    return {"headers": described} if described else {}
 
 
 def status_of(error: type[FleetError]) -> tuple[int, Mapping[str, str]]:

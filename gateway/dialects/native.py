@@ -26,14 +26,13 @@ from common.errors import (
     MalformedBody,
     QueueFull,
     QuotaUsedUp,
-    RateLimited,
     RedisUnavailable,
     StorageError,
     StorageFull,
     TaskExpired,
     TooBusy,
     TooLate,
-    Unauthenticated,
+    UnknownModel,
     UnknownTask,
     UnsupportedMediaType,
 )
@@ -63,6 +62,12 @@ RETRY_MS = (1000, 3000)  # after which a client should come back; not all at onc
 ETA_GRAINS = 4  # to an octave: estimates that differ by less than a fifth are alike to an ETag
 
 UNCHANGED = {"description": "Nothing has changed since the answer whose ETag came back as If-None-Match."}
+
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "id": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}  # of a stream, as OpenAPI describes one: as its fields
 
 _PLACE = re.compile(r"([0-9]{1,16}):([A-Za-z0-9_-]{1,64})")
 _NO_STAGES = StageTimings()
@@ -115,8 +120,8 @@ def create(gateway: Gateway) -> Api:
 
 def _add_submit(api: Api, gateway: Gateway) -> None:
     refusals = (
-        Unauthenticated, Forbidden, InvalidRequest, MalformedBody, UnsupportedMediaType, IdempotencyConflict, QueueFull,
-        QuotaUsedUp, RateLimited, RedisUnavailable, StorageFull, StorageError, TooBusy, TooLate,
+        InvalidRequest, UnknownModel, MalformedBody, UnsupportedMediaType, IdempotencyConflict, TaskExpired, QueueFull,
+        QuotaUsedUp, TooLate, RedisUnavailable, StorageFull, StorageError, TooBusy,
     )  # fmt: skip
 
     @api.post("/api/submit", responses={"202": SubmitAnswer, **problems.documented(*refusals)})
@@ -145,7 +150,7 @@ def _add_submit(api: Api, gateway: Gateway) -> None:
 
 
 def _add_status(api: Api, gateway: Gateway) -> None:
-    absent = problems.documented(Unauthenticated, UnknownTask, TaskExpired, RedisUnavailable)
+    absent = problems.documented(UnknownTask, TaskExpired, RedisUnavailable)
 
     @api.get(
         "/api/status/<task_id>",
@@ -187,7 +192,7 @@ def _add_events(api: Api, gateway: Gateway) -> None:
         "200": {
             "description": "`status` (the task, first and at each change), `progress` ({step, steps, preview}: a new "
             "one or null), and in the end one of `succeeded`, `failed`, `canceled`, `expired` (the task).",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": EVENT}},
         },
         "204": {"description": "The stream had ended: its Last-Event-ID came back."},
         **problems.documented(UnknownTask, TaskExpired, RedisUnavailable),

@@ -16,55 +16,15 @@ from werkzeug.test import stream_encode_multipart
 
 from common.broker import Broker
 from common.problem import Problem
-from common.schemas import GenerateRequest, InputImage, SubmitAnswer
+from common.schemas import InputImage, ResolvedRequest, SubmitAnswer
 from common.settings import Settings
 from gateway.app import create_app
-from tests.samples import encoded, lying_png
+from tests.fuzz.bodies import PICTURES, as_json, bodies, files, right, spoilt, spoilt_bodies
+from tests.samples import encoded
 
 MANY = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec=None)), inner, max_size=3),
-    max_leaves=8,
-)
-files = st.sampled_from([encoded(kind=kind) for kind in ("PNG", "JPEG", "WEBP", "GIF")] + [lying_png(9999, 9999)])
-spoilt = st.tuples(files, st.integers(0, 400), st.binary(max_size=6)).map(lambda t: t[0][: t[1]] + t[2] + t[0][t[1] :])
-sent = st.one_of(files, spoilt).map(lambda data: base64.b64encode(data).decode()) | st.sampled_from(
-    ["img_" + "0" * 32, "img_", "data:image/png;base64,", "sha256:0"]
-)
-plausible: dict[str, st.SearchStrategy[Any]] = {
-    "prompt": st.text(max_size=50),
-    "negative_prompt": st.text(max_size=50) | st.none(),
-    "model": st.sampled_from(["simulated", "pico", "turbo", "", "../x"]),
-    "width": st.integers(-16, 4096) | st.sampled_from([64, 128, 256]),
-    "height": st.integers() | st.sampled_from([64, 128, 256]),
-    "steps": st.integers(-1, 200),
-    "guidance_scale": st.floats(-1, 21),
-    "cfg_normalization": st.floats(-1, 11),
-    "cfg_truncation": st.floats(-1, 2),
-    "init_image": sent,
-    "strength": st.floats(-1, 2),
-    "mask_image": sent,
-    "control_image": sent,
-    "control_scale": st.floats(-1, 3),
-    "reference_images": st.lists(sent, max_size=5),
-    "loras": st.lists(st.fixed_dictionaries({"name": st.sampled_from(["ink", "../x", ""]), "scale": st.floats(-5, 5)})),
-    "preview": st.booleans(),
-    "seed": st.integers(-1, 2**53),
-    "n": st.integers(-1, 10),
-    "format": st.sampled_from(["webp", "png", "jpeg", "gif"]),
-    "quality": st.integers(-1, 101),
-    "priority": st.sampled_from(["high", "normal", "low", "urgent"]),
-    "template": st.none() | st.text(max_size=70),
-    "deadline_s": st.floats(-1, 90_000),
-    "metadata": st.dictionaries(st.text(max_size=70), st.text(max_size=20), max_size=18),
-}
-assert plausible.keys() == GenerateRequest.model_fields.keys()
-field = st.sampled_from(sorted(plausible)).flatmap(lambda name: st.tuples(st.just(name), plausible[name] | anything))
-bodies = st.lists(field, max_size=6).map(dict).map(lambda body: {"prompt": "x"} | body) | anything
 
 
 @pytest.fixture
@@ -76,6 +36,7 @@ def client(settings: Settings, broker: Broker) -> FlaskClient:
 
 
 def judge(client: FlaskClient, broker: Broker, raw: bytes, content_type: str = "application/json") -> None:
+    """A task that is what was asked for, or a problem that names what is wrong."""
     before = broker.pending()
     answer = client.post("/api/submit", data=raw, content_type=content_type)
     if answer.status_code == 202:
@@ -83,13 +44,26 @@ def judge(client: FlaskClient, broker: Broker, raw: bytes, content_type: str = "
         record = broker.view(made.task_id)
         assert record is not None
         assert broker.pending() == before + (not record.status.final), "a deadline may have passed by now"
-        assert client.get(made.status_url).status_code == 200
+        assert_as_sent(client, made, json.loads(raw))
         broker.cancel(made.task_id, "default")
     else:
         problem = Problem.model_validate_json(answer.data)
-        assert 400 <= problem.status < 500, problem
+        assert answer.content_type == "application/problem+json"
+        assert 400 <= problem.status == answer.status_code < 500, problem
         assert problem.errors
         assert broker.pending() == before
+
+
+def assert_as_sent(client: FlaskClient, made: SubmitAnswer, body: dict[str, Any]) -> None:
+    """Fail unless the status repeats every value that was sent; pictures have become handles."""
+    status = client.get(made.status_url)
+    assert status.status_code == 200
+    shown = status.get_json()["request"]
+    for name, value in body.items():
+        if name in PICTURES:
+            assert bool(shown[name]) == bool(value), name
+        elif value is not None and name in ResolvedRequest.model_fields:
+            assert shown[name] == ({"events": ["ended"]} | value if name == "webhook" else value), name
 
 
 @MANY
@@ -102,6 +76,26 @@ def test_any_json(client: FlaskClient, broker: Broker, body: Any) -> None:
 @given(raw=st.binary(max_size=200))
 def test_any_bytes(client: FlaskClient, broker: Broker, raw: bytes) -> None:
     judge(client, broker, raw)
+
+
+@MANY
+@given(body=spoilt_bodies())
+def test_any_right_json_gone_wrong(client: FlaskClient, broker: Broker, body: Any) -> None:
+    judge(client, broker, json.dumps(body).encode())
+
+
+@settings(parent=MANY, max_examples=120)
+@given(body=right)
+def test_whatever_is_right_is_accepted_and_comes_back_as_it_was_sent(client: FlaskClient, body: Any) -> None:
+    fields, pictures = body
+    answer = client.post("/api/submit", json=as_json(fields, pictures))
+    assert answer.status_code == 202, answer.text
+    assert_as_sent(client, SubmitAnswer.model_validate_json(answer.data), fields | pictures)
+    parts = {name: [(io.BytesIO(data), "x") for data in found] for name, found in pictures.items()}
+    form: dict[str, Any] = {"request": json.dumps(fields)} | parts
+    answer = client.post("/api/submit", data=form, content_type="multipart/form-data")
+    assert answer.status_code == 202, answer.text
+    assert_as_sent(client, SubmitAnswer.model_validate_json(answer.data), fields | pictures)
 
 
 @MANY

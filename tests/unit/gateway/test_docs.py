@@ -54,6 +54,37 @@ def test_every_call_has_a_summary_an_answer_and_problems(description: dict[str, 
             assert any(status.startswith("2") for status in call["responses"])
 
 
+PUBLIC = {"/health", "/ready"}
+HEADERS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
+
+
+def test_every_call_says_which_key_it_wants_and_what_comes_without(description: dict[str, Any]) -> None:
+    schemes = description["components"]["securitySchemes"]
+    assert schemes["bearer"] | {"bearerFormat": ""} == {"type": "http", "scheme": "bearer", "bearerFormat": ""}
+    assert schemes["api_key"] == {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+    for path, calls in description["paths"].items():
+        for call in calls.values():
+            answers = set(call["responses"])
+            assert answers >= {"400", "414", "431"}
+            assert ("413" in answers) == ("requestBody" in call)
+            if path in PUBLIC:
+                assert "security" not in call and "401" not in answers
+                continue
+            scopes = ["admin"] if path == "/api/workers" else []
+            assert call["security"] == [{"bearer": scopes}, {"api_key": scopes}]
+            assert answers >= {"401", "503"} | ({"403"} if scopes else set())
+
+
+def test_a_status_is_described_with_all_its_codes_and_headers(description: dict[str, Any]) -> None:
+    submit = description["paths"]["/api/submit"]["post"]["responses"]
+    assert submit["400"]["description"] == "bad_request, malformed_body"
+    assert submit["503"]["description"].split(", ")[0] == "redis_unavailable", "said once, though two parts say it"
+    assert submit["503"]["description"].count("redis_unavailable") == 1
+    for status, header in HEADERS.items():
+        assert submit[status]["headers"][header]["required"]
+    assert "headers" not in submit["422"]
+
+
 def test_every_reference_leads_somewhere(description: dict[str, Any]) -> None:
     schemas = description["components"]["schemas"]
     assert all(isinstance(part, dict) for part in description["components"].values())

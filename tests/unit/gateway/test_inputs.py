@@ -209,6 +209,14 @@ def test_a_form_that_breaks_off_is_refused(client: FlaskClient, broker: Broker, 
     assert broker.pending() == 0
 
 
+@pytest.mark.parametrize("disposition", ["form-data", 'form-data; name="Ü\\"', "form-data; name", 'x; filename="y"'])
+def test_a_part_without_a_name_is_refused(client: FlaskClient, disposition: str) -> None:
+    raw = f"--B\r\nContent-Disposition: {disposition}\r\n\r\n{{}}\r\n--B--\r\n".encode()
+    for path in ("/api/submit", "/api/images"):
+        answer = client.post(path, data=raw, content_type="multipart/form-data; boundary=B")
+        assert told(answer, 400) == {"body": "every part of a form must have a name"}
+
+
 def test_a_form_of_another_sites_page_is_refused(client: FlaskClient, broker: Broker) -> None:
     def send(**headers: str) -> int:
         data = {"request": '{"prompt": "x", "model": "simulated"}'}
