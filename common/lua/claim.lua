@@ -29,6 +29,7 @@ local PRIORITIES = {'high', 'normal', 'low'}
 local MOST_TENANTS = 64 -- that are looked at for the oldest task of a line
 local LOOK_AT = 16 -- tenants of a line, and tasks of each, among which a worker looks for one that it may take
 local AGEING_EVERY = 10
+local LEAST_SHARE = 1e-3 -- a share of 0 would send the clock to infinity, and all who come after it
 local QUANTUM = 2 ^ -20 -- of virtual time: sums of its multiples are exact, so that equal starts compare as equal
 local now = now_ms()
 
@@ -93,8 +94,8 @@ local function stands(id, queue, status, deadline)
 end
 
 local function at_limit(api_key)
-  local most = api_key ~= '' and tonumber(redis.call('HGET', K.API_KEY .. api_key, 'max_running') or '')
-  return most and redis.call('SCARD', K.RUNNING_OF .. api_key) >= most
+  local limit = api_key ~= '' and tonumber(redis.call('HGET', K.API_KEY .. api_key, 'max_running') or '')
+  return limit and redis.call('SCARD', K.RUNNING_OF .. api_key) >= limit
 end
 
 -- The first task near the head of a queue that this worker may take; or nil, and the keys at their limit whose tasks alone
@@ -177,8 +178,8 @@ local function clock_of(line)
   return tonumber(redis.call('HGET', K.CLOCK, line) or 0)
 end
 
--- Orders the turns of lines that stand to choose from. Where other workers have served a line beyond all that waits in those
--- before it, its time is set back to right behind them: so nobody has arrears to catch up on, nor a lead to lose.
+-- Orders the turns of lines that stand to choose from. Where other workers have served a line beyond what waits in the one
+-- before it, its time is set back to right behind that: so no line has arrears to catch up on while another stands still.
 local function in_step(turns)
   table.sort(turns, function(a, b)
     if a.at ~= b.at then return a.at < b.at end
@@ -260,7 +261,7 @@ local answer, runs = {'ok', {}}, {}
 -- Takes the task of a turn; `found` has the turns of all lines of that priority.
 local function serve(turn, found, priority)
   local task, queue = turn.task, turn.queue
-  local share = tonumber(redis.call('HGET', K.SHARES, turn.tenant) or 1)
+  local share = math.max(LEAST_SHARE, tonumber(redis.call('HGET', K.SHARES, turn.tenant) or 1))
   local charge = math.max(1, math.ceil(task.cost / share / QUANTUM)) * QUANTUM
   for _, model in ipairs(models) do account(model .. '.' .. priority, found[model], turn, charge) end
   leave(task.id, queue, redis.call('LREM', K.RQ_QUEUE .. queue, 1, task.id) > 0)
