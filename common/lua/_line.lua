@@ -5,6 +5,7 @@
 local LINES = {'high', 'normal', 'low'}
 local LOOKED_AT = 64 -- tenants of a line; where there are more, they are taken to be like these on average
 local QUANTUM = 2 ^ -20 -- of virtual time: sums of its multiples are exact, so that equal starts compare as equal
+local LEAST_SHARE = 1e-3 -- one of 0 would send the clock to infinity, and all who come after it
 local ROUNDED = 1e-3 -- of a quantum, which a mean may be above what it stands for
 
 -- The books
@@ -104,7 +105,7 @@ end
 
 -- How much later in virtual time than a task of this cost its tenant's next one starts (start-time fair queueing).
 local function charge(cost, share)
-  return math.max(1, math.ceil(cost / share / QUANTUM - ROUNDED)) * QUANTUM
+  return math.max(1, math.ceil(cost / math.max(share, LEAST_SHARE) / QUANTUM - ROUNDED)) * QUANTUM
 end
 
 -- How many tasks of a queue whose first has the virtual start `first` start before the one of `tenant` at `start`.

@@ -29,8 +29,6 @@ local PRIORITIES = {'high', 'normal', 'low'}
 local MOST_TENANTS = 64 -- that are looked at for the oldest task of a line
 local LOOK_AT = 16 -- tenants of a line, and tasks of each, among which a worker looks for one that it may take
 local AGEING_EVERY = 10
-local LEAST_SHARE = 1e-3 -- a share of 0 would send the clock to infinity, and all who come after it
-local QUANTUM = 2 ^ -20 -- of virtual time: sums of its multiples are exact, so that equal starts compare as equal
 local now = now_ms()
 
 local function describe(id, fence)
@@ -228,16 +226,16 @@ local function choose(found)
 end
 
 -- Counts in one line what its tenant was given in another or in this one, and moves the line's clock there. `turn` is whose
--- turn it was in this line, if anybody's.
-local function account(line, turn, served, charge)
+-- turn it was in this line, if anybody's; `later` is by how much its next task starts after this one.
+local function account(line, turn, served, later)
   if not turn and redis.call('EXISTS', K.READY .. line) == 1 then return end -- all too large: other workers serve it
   local lead = turn and turn.lead or tonumber(redis.call('HGET', K.LEAD, line) or 0)
   local start = math.min(served.at - lead, turn and turn.start or math.huge)
   for i, tenant in ipairs(turn and turn.passed_over or {}) do -- they keep their order, and fall behind nobody
     redis.call('ZADD', K.READY .. line, 'XX', 'GT', start + (i - 1) * QUANTUM, tenant)
   end
-  redis.call('ZADD', K.TAGS .. line, 'GT', start + charge, served.tenant)
-  redis.call('ZADD', K.READY .. line, 'XX', 'GT', start + charge, served.tenant)
+  redis.call('ZADD', K.TAGS .. line, 'GT', start + later, served.tenant)
+  redis.call('ZADD', K.READY .. line, 'XX', 'GT', start + later, served.tenant)
   local clock = math.max(clock_of(line), start)
   redis.call('HSET', K.CLOCK, line, clock)
   redis.call('ZREMRANGEBYSCORE', K.TAGS .. line, '-inf', clock)
@@ -261,9 +259,8 @@ local answer, runs = {'ok', {}}, {}
 -- Takes the task of a turn; `found` has the turns of all lines of that priority.
 local function serve(turn, found, priority)
   local task, queue = turn.task, turn.queue
-  local share = math.max(LEAST_SHARE, tonumber(redis.call('HGET', K.SHARES, turn.tenant) or 1))
-  local charge = math.max(1, math.ceil(task.cost / share / QUANTUM)) * QUANTUM
-  for _, model in ipairs(models) do account(model .. '.' .. priority, found[model], turn, charge) end
+  local cost = charge(task.cost, tonumber(redis.call('HGET', K.SHARES, turn.tenant) or 1))
+  for _, model in ipairs(models) do account(model .. '.' .. priority, found[model], turn, cost) end
   leave(task.id, queue, redis.call('LREM', K.RQ_QUEUE .. queue, 1, task.id) > 0)
   if redis.call('EXISTS', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. turn.line, turn.tenant) end
   pass(turn, priority)

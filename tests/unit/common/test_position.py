@@ -111,8 +111,8 @@ def test_positions_heed_the_shares(
         for tenant, (steps, tasks) in backlog.items()
         for index in range(tasks)
     )
-    expected = sorted(zip(starts, ids, strict=True))  # by virtual start, then by the tenant's name
-    assert told(broker, ids) == [task_id for _, task_id in expected]
+    expected = [task_id for _, task_id in sorted(zip(starts, ids, strict=True))]  # by virtual start, then by name
+    assert told(broker, ids) == expected == claimed(broker, len(ids))
 
 
 def test_where_tasks_of_a_queue_differ_a_position_is_an_estimate_by_their_mean(broker: Broker) -> None:

@@ -128,7 +128,7 @@ def test_values_are_read_as_json_is() -> None:
         fields.read(Sample, {"Given-Name": "9", "flag": "x", "many": 1})
     assert dict(caught.value.errors) == {
         "Given-Name": "must be at least 1 and below 5",
-        "flag": "is not valid",
+        "flag": "must be true or false",
         "many": "must be an array",
     }
 

@@ -15,14 +15,14 @@ from common.settings import Settings
 from gateway import links as module
 from gateway.app import create_app
 from gateway.links import LINK_S, Links
-from tests.tenants import bearer
+from tests.tenants import bearer, new_key
 from tests.unit.gateway.fake_worker import PICTURE, FakeWorker
 
 
 @pytest.fixture
 def done(client: FlaskClient, broker: Broker, worker: FakeWorker) -> str:
     """A task with two pictures, of a tenant of a fleet that has keys."""
-    client.post("/api/submit", json={"prompt": "x", "n": 2}, headers=bearer(broker, "acme"))
+    client.post("/api/submit", json={"prompt": "x", "n": 2}, headers=bearer(new_key(broker, "acme")))
     return worker.work()
 
 
@@ -54,10 +54,10 @@ def test_a_link_brings_the_picture_to_anybody(app: OpenAPI, client: FlaskClient,
 def test_without_a_link_the_key_decides(client: FlaskClient, broker: Broker, done: str) -> None:
     path = f"/view/{done}/0.webp"
     assert refused(client, path) == (401, "unauthenticated")
-    assert refused(client, path, **bearer(broker, "other")) == (404, "unknown_task")
-    answer = client.get(path, headers=bearer(broker, "acme"))
+    assert refused(client, path, **bearer(new_key(broker, "other"))) == (404, "unknown_task")
+    answer = client.get(path, headers=bearer(new_key(broker, "acme")))
     assert answer.status_code == 200 and "Cross-Origin-Resource-Policy" not in answer.headers
-    assert client.get(path, headers=bearer(broker, "ops", admin=True)).status_code == 200
+    assert client.get(path, headers=bearer(new_key(broker, "ops", admin=True))).status_code == 200
 
 
 ALTERED: dict[str, Callable[[str], str]] = {
@@ -80,7 +80,7 @@ ALTERED: dict[str, Callable[[str], str]] = {
 def test_any_other_link_is_like_an_unknown_task_even_to_the_owner(
     app: OpenAPI, client: FlaskClient, broker: Broker, links: Links, done: str
 ) -> None:
-    owner = bearer(broker, "acme")
+    owner = bearer(new_key(broker, "acme"))
     unknown = client.get(f"/view/{'0' * 32}/1.webp", headers=owner)
     for how, change in ALTERED.items():
         url = change(link(app, links, f"/view/{done}/1.webp"))
