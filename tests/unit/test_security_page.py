@@ -23,6 +23,11 @@ def test_each_named_test_exists(file: str, test: str) -> None:
     assert re.search(rf"^(?:async )?def {test}\(", path.read_text("utf-8"), re.MULTILINE), f"{file} has no {test}"
 
 
+def test_no_row_goes_without() -> None:
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith(("| risk", "| threat"))]
+    assert not [row for row in rows if "`" not in row.split("|")[3]]
+
+
 @pytest.mark.parametrize("number", range(1, 11))
 def test_each_of_owasps_ten_has_its_row(number: int) -> None:
     assert re.search(rf"^\| API{number}:2023 ", PAGE, re.MULTILINE)
