@@ -77,7 +77,7 @@ def refusal(answer: Answer) -> Response:
     return json_answer(OpenAIError(error=detail(answer)), _status(answer.problem.code, answer.problem.status), headers)
 
 
-def documented(*errors: type[FleetError]) -> ResponseDict:
+def documented(*errors: type[FleetError] | int) -> ResponseDict:
     """Return what the API description says of these errors; see problems.documented."""
     found: ResponseDict = {}
     for error in errors or (None,):

@@ -208,4 +208,4 @@ def _described(call: Call) -> ResponseDict:
         "content": errors.content(ImagesResponse) | answers.streamed(),
         "headers": {"X-Task-ID": {"description": "The task behind this call.", "schema": {"type": "string"}}},
     }
-    return {"200": done, **errors.documented(*REFUSALS)}
+    return {"200": done, **errors.documented(*REFUSALS, *problems.BODY)}
