@@ -41,13 +41,13 @@ def refused(answer: TestResponse) -> tuple[int, str]:
 
 
 @pytest.fixture
-def own_key(broker: Broker) -> Callable[[str], str]:
+def own_key(broker: Broker) -> Callable[..., str]:
     """Make a key of a tenant."""
 
-    def make(tenant: str) -> str:
+    def make(tenant: str, **bounds: Any) -> str:
         token = Token.new()
         now = datetime.now(UTC)
-        broker.put_key(ApiKey(key_id=token.key_id, tenant=tenant, digest=token.digest, created_at=now))
+        broker.put_key(ApiKey(key_id=token.key_id, tenant=tenant, digest=token.digest, created_at=now, **bounds))
         return str(token)
 
     return make
@@ -136,7 +136,7 @@ def test_the_key_itself_is_nowhere_on_redis(client: FlaskClient, redis_server: R
         assert "not-to-be-read" not in f"{name} {value}"
 
 
-def test_each_tenant_has_keys_of_its_own(client: FlaskClient, own_key: Callable[[str], str]) -> None:
+def test_each_tenant_has_keys_of_its_own(client: FlaskClient, own_key: Callable[..., str]) -> None:
     acme, also_acme, other = own_key("acme"), own_key("acme"), own_key("umbrella")
     first = made(send(client, api_key=acme))["task_id"]
     assert made(send(client, api_key=also_acme))["task_id"] == first, "an API key that was rotated in between"
@@ -169,6 +169,26 @@ def test_a_full_queue_refuses_new_ones_alone(settings: Settings) -> None:
     first = made(send(client))
     assert refused(send(client, key="new")) == (429, "queue_full")
     assert made(send(client)) == first
+
+
+def test_a_quota_that_is_used_up_refuses_new_ones_alone(client: FlaskClient, own_key: Callable[..., str]) -> None:
+    api_key = own_key("acme", max_queued=1)
+    first = made(send(client, api_key=api_key))
+    assert refused(send(client, api_key=api_key, key="new")) == (429, "quota_used_up")
+    assert made(send(client, api_key=api_key))["task_id"] == first["task_id"]
+    assert refused(send(client, api_key=api_key, prompt="other")) == (409, "idempotency_conflict")
+
+
+def test_a_deadline_that_would_be_missed_by_now_refuses_new_ones_alone(client: FlaskClient, worker: FakeWorker) -> None:
+    worker.beat()
+    made(send(client, key="before"))
+    worker.work()  # which tells how long a task takes
+    asked: dict[str, Any] = {"deadline_s": 2.0, "reject_if_late": True}
+    first = made(send(client, **asked))
+    for key in range(100):
+        made(send(client, key=f"before-{key}", priority="high"))
+    assert refused(send(client, key="new", **asked)) == (503, "too_late")
+    assert made(send(client, **asked))["task_id"] == first["task_id"]
 
 
 def test_a_refused_submit_leaves_its_key_unused(settings: Settings) -> None:
