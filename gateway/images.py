@@ -11,7 +11,15 @@ from flask import Response, send_file
 from flask_openapi3.types import ResponseDict
 from pydantic import BaseModel, Field
 
-from common.errors import RedisUnavailable, StorageError, TaskExpired, Unauthenticated, UnknownImage, UnknownTask
+from common.errors import (
+    Forbidden,
+    RedisUnavailable,
+    StorageError,
+    TaskExpired,
+    Unauthenticated,
+    UnknownImage,
+    UnknownTask,
+)
 from common.schemas import ImageRef, TaskRecord
 from common.settings import Settings
 from common.storage.base import BaseStorage
@@ -94,7 +102,9 @@ def create(tasks: Tasks, images: Images, links: Links, doorkeeper: Doorkeeper) -
         "200": {"description": "The picture.", "content": {"image/*": {}}},
         "302": {"description": "A link into the storage, good for five minutes."},
         "304": {"description": "The picture that the client has already."},
-        **problems.documented(Unauthenticated, UnknownTask, UnknownImage, TaskExpired, StorageError, RedisUnavailable),
+        **problems.documented(
+            Unauthenticated, Forbidden, UnknownTask, UnknownImage, TaskExpired, StorageError, RedisUnavailable
+        ),
     }
 
     @api.get("/view/<task_id>/<name>", responses=described)

@@ -105,7 +105,7 @@ OF_HTTP: Mapping[int, str] = {  # each status that is not a FleetError's, and it
     **{kind.status: code for kind, code in UNREADABLE.values()},
 }
 EVERYWHERE = (400, 414, 431)  # whatever is asked for
-BODY = (413,)  # where a body is read
+BODY = (408, 413)  # where a body is read
 HEADERS: Mapping[str, Collection[str]] = {"WWW-Authenticate": ("401",), "Retry-After": ("429", "503")}
 
 
