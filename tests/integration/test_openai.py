@@ -26,7 +26,7 @@ from tests.fleet import await_final, ready_workers, record
 from tests.integration.nginx_edge import nginx
 from tests.samples import drawn, encoded
 from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
-from tests.tenants import bearer
+from tests.tenants import new_key
 from worker.pico.judge import judge
 from worker.pico.scenes import Scene, Thing
 
@@ -68,7 +68,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             flags | {"models": ("pico", "simulated", NOBODYS), "model_aliases": ("gpt-image-2=simulated",)}
         )
         broker = Broker(settings)
-        keys = [bearer(broker, tenant)["Authorization"].split()[1] for tenant in ("acme", "other")]
+        keys = [new_key(broker, tenant) for tenant in ("acme", "other")]
         with (
             GatewayServer(served, base / "gateway.out") as gateway,
             WorkerServer(settings, base / "worker.out"),
