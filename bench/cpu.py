@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -19,6 +20,14 @@ def cpu_s(pid: int) -> float:
     except OSError:
         times = psutil.Process(pid).cpu_times()
         return float(times.user + times.system)
+
+
+def waited_s(pid: int) -> float:
+    """Return the seconds that a process' first thread was ready to run and had no core (Linux; elsewhere 0)."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text("ascii").split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ import psutil
 from rq import suspension
 
 from bench.caller import Caller
-from bench.cpu import cpu_s
+from bench.cpu import cpu_s, waited_s
 from bench.fleet import ROOT, Fleet, Gateway
 from bench.report import Row, machine, save, table
 from zfleet.interrupts import Interrupts
@@ -73,7 +73,8 @@ class Found(NamedTuple):
     idle: list[float]
     busy: list[float]
     seen: dict[str, Any]
-    cpu: float  # cores
+    cpu: float  # cores busy
+    lack: float  # cores that were not there when the gateway could have gone on
     rss_mb: tuple[float, float, float]  # before the crowd came, with it, after its time
 
 
@@ -129,13 +130,14 @@ def _measure(fleet: Fleet, gateway: Gateway, plan: Plan, scene: Scene) -> Found:
         suspension.resume(fleet.redis)
         there = _rss_mb(gateway)
         crowd.tell("go")
-        began, spent = time.monotonic(), _cpu_s(gateway)
+        began, spent, waited = time.monotonic(), _all(cpu_s, gateway), _all(waited_s, gateway)
         busy = _submits(caller, plan, plan.seconds, lambda: scene.few and crowd.tell(_watched(caller)))
-        spent, lasted = _cpu_s(gateway) - spent, time.monotonic() - began
+        lasted = time.monotonic() - began
+        spent, waited = _all(cpu_s, gateway) - spent, _all(waited_s, gateway) - waited
         after = _rss_mb(gateway)
         seen = crowd.stop() | {"seconds": lasted}
     caller.close()
-    return Found(scene, idle, busy, seen, spent / lasted, (before, there, after))
+    return Found(scene, idle, busy, seen, spent / lasted, waited / lasted, (before, there, after))
 
 
 def _watched(caller: Caller) -> str:
@@ -203,7 +205,8 @@ def _rows(found: Found, plan: Plan) -> list[Row]:
             goal=round(plan.polls_per_s * 0.99), sense="at least",
             note=f"{plan.listeners} listeners heard {seen.get('events', 0) / seen['seconds']:.0f} events a second; "
             f"{share:.0%} were 304; p50 {seen['poll p50 ms']:.1f} ms, p99 {seen['poll p99 ms']:.1f} ms"),
-        Row(measure="… gateway, cores busy", samples=[found.cpu]),
+        Row(measure="… gateway, cores busy", samples=[found.cpu],
+            note=f"and for {found.lack:.0%} of the time it stood in line for one"),
         Row(measure="… gateway, RSS", samples=[after], unit="MiB", digits=0,
             note=f"{before:.0f} before the crowd came, {there:.0f} when all were connected"),
         Row(measure="… submits' p99, as a ratio to idle", samples=[busy / idle], goal=3,
@@ -217,8 +220,8 @@ def _percentile(values: Sequence[float], percent: int) -> float:
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
-def _cpu_s(gateway: Gateway) -> float:
-    return sum(cpu_s(pid) for pid in gateway.pids)
+def _all(measure: Callable[[int], float], gateway: Gateway) -> float:
+    return sum(measure(pid) for pid in gateway.pids)
 
 
 def _rss_mb(gateway: Gateway) -> float:

@@ -8,6 +8,7 @@ see as much as the one who was answered is answered from here, and only with a k
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Polls:
 
     def _ask(self, task_id: str, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Have the application answer, and remember what. The memo is there before the task is looked at."""
-        memo = _Memo(time.monotonic() + GOOD_S)
+        memo = _Memo(time.monotonic() + random.uniform(0.5, 1.0) * GOOD_S)  # not all at the same time
         if self._hub.hears_all:
             if len(self._memos) >= MOST_TASKS:
                 self._memos.clear()

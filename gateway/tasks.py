@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import threading
 import time
@@ -184,7 +185,8 @@ class Tasks:
             place = Place.of(record) if new or told is None else told
             sure_until = time.monotonic() + self._hub.safety_net_s()
             while not record.status.final and not self._hub.closed:
-                heard = listener.wait(min(SILENCE_S, max(AGAIN_S, sure_until - time.monotonic())))
+                longest = SILENCE_S * random.uniform(0.5, 1.0)  # those who came together need not speak together
+                heard = listener.wait(min(longest, max(AGAIN_S, sure_until - time.monotonic())))
                 try:
                     if heard == "progress" and sure_until and record.status is TaskStatus.RUNNING:
                         record = self._stepped(record, listener)
