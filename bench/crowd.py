@@ -148,7 +148,7 @@ class Listener:
     def follow(self, task: bytes) -> None:
         self.task, self.heard = task, False
         self.sock.sendall(
-            b"GET /api/tasks/%s/events HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\n\r\n" % task
+            b"GET /api/tasks/%s/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n" % task
         )
 
 
@@ -169,7 +169,7 @@ class Poller:
     def ask(self, now: float, *, tagged: bool) -> None:
         known = b"If-None-Match: %s\r\n" % self.etag if tagged and self.etag else b""
         self.asked = now
-        self.sock.sendall(b"GET /api/status/%s HTTP/1.1\r\nHost: bench\r\n%s\r\n" % (self.task, known))
+        self.sock.sendall(b"GET /api/status/%s HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % (self.task, known))
 
     def receive(self) -> str:
         """Return the status of the answer, or nothing while there is more of it to come."""

@@ -1,21 +1,21 @@
-"""Repeated polls of one task's status, answered from memory in front of Flask, so that impatient clients cost little.
+"""Repeated polls of one task's status by clients that know its ETag, answered from memory in front of Flask: so the
+impatient cost little.
 
 What was answered is remembered for a second at most, as a place in line moves without an event, and forgotten as soon
 as anything is heard of the task. Without a subscription that hears everything nothing is remembered. Only whoever may
 see as much as the one who was answered is answered from here, and only with a key that is known as good at this moment.
+Whoever shows no ETag gets the task as it is on Redis now: events are heard a moment after they happen.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from werkzeug.http import parse_etags, unquote_etag
-from werkzeug.wsgi import ClosingIterator
 
 from gateway import admission, requestlog
 from gateway.admission import Caller, Doorkeeper
@@ -30,7 +30,6 @@ ROUTE = PREFIX + "<task_id>"
 GOOD_S = 1.0
 STAY_S = 5.0  # after the latest poll everything is listened to for so much longer
 MOST_TASKS = 2_000
-MOST_BYTES = 8_192  # of a body; of a larger one only the ETag is kept
 OF_304 = frozenset({"ETag", "Cache-Control"})  # headers
 
 Headers: TypeAlias = list[tuple[str, str]]
@@ -44,14 +43,10 @@ class _Memo:
     reach: str | None = None  # of who was answered
     headers: Headers | None = None
     etag: str = ""
-    body: bytes | None = None
 
-    def answer(self, known: str) -> tuple[str, Headers, Sequence[bytes]] | None:
-        """Return the answer to whoever knows these ETags, if it is remembered well enough for that."""
-        assert self.headers is not None
-        if known and (known == self.etag or parse_etags(known).contains_weak(unquote_etag(self.etag)[0] or "")):
-            return "304 NOT MODIFIED", [each for each in self.headers if each[0] in OF_304], ()
-        return None if self.body is None else ("200 OK", self.headers.copy(), (self.body,))
+    def is_known(self, tags: str) -> bool:
+        """Return whether what was answered is among these ETags of a client's."""
+        return tags == self.etag or parse_etags(tags).contains_weak(unquote_etag(self.etag)[0] or "")
 
 
 class Polls:
@@ -68,18 +63,14 @@ class Polls:
         path = environ["PATH_INFO"]
         if not path.startswith(PREFIX) or environ["REQUEST_METHOD"] != "GET" or environ.get("QUERY_STRING"):
             return self._app(environ, start_response)
-        task_id = path[len(PREFIX) :]
+        task_id, tags = path[len(PREFIX) :], environ.get("HTTP_IF_NONE_MATCH")
         self._hub.stay(STAY_S)
         memo = self._memos.get(task_id)
-        if memo is None or not self._serves(memo, environ):
-            return self._ask(task_id, environ, start_response)
-        answer = memo.answer(environ.get("HTTP_IF_NONE_MATCH", ""))
-        if answer is None:
+        if memo is None or not tags or not self._serves(memo, environ) or not memo.is_known(tags):
             return self._ask(task_id, environ, start_response)
         environ.update({requestlog.ROUTE: ROUTE, requestlog.TASK_ID: task_id})
-        status, headers, body = answer
-        start_response(status, headers)
-        return body
+        start_response("304 NOT MODIFIED", [each for each in memo.headers or () if each[0] in OF_304])
+        return ()
 
     def _serves(self, memo: _Memo, environ: WSGIEnvironment) -> bool:
         if memo.headers is None or time.monotonic() >= memo.until:
@@ -106,12 +97,9 @@ class Polls:
         if status not in ("200", "304") or caller is None:
             self._memos.pop(task_id, None)
             return answer
-        with contextlib.closing(ClosingIterator(answer)):
-            body = b"".join(answer)
         memo.etag = dict(headers).get("ETag", "")
-        memo.body = body if status == "200" and len(body) <= MOST_BYTES else None
         memo.reach, memo.headers = caller.reach, headers
-        return (body,)
+        return answer
 
     def _heard(self, task_id: str | None) -> None:
         if task_id is None:

