@@ -204,8 +204,11 @@ def deliveries(fields: Mapping[str, str]) -> list[Delivery]:
     ]
 
 
-def _by_age(item: tuple[str, Mapping[str, Any]]) -> tuple[int, bool]:
-    return item[1]["made_at"], item[1]["event"] == "ended"  # a start and an end may be of the same millisecond
+def _by_age(item: tuple[str, Mapping[str, Any]]) -> tuple[int, bool, int, str]:
+    name, delivery = (
+        item  # several may be of the same millisecond: then the end comes last, and starts as they are numbered
+    )
+    return delivery["made_at"], delivery["event"] == "ended", len(name), name
 
 
 def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: float | None) -> TaskRecord:

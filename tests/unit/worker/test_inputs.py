@@ -39,7 +39,7 @@ def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kept(store: BaseStorage, image: Image.Image | None = None) -> str:
-    handle = new_handle()
+    handle = new_handle("default")
     store.put(storage_key(handle), encoded(image))
     return handle
 
@@ -160,7 +160,7 @@ def take(worker: Any, broker: Broker) -> None:
 
 def test_a_task_whose_picture_is_gone_ends_with_that_error(worker: Any, broker: Broker, submit: SubmitFn) -> None:
     kept(worker.results)
-    task_id = submit(init_image=new_handle())
+    task_id = submit(init_image=new_handle("default"))
     take(worker, broker)
     worker.committer.close()
     record = broker.view(task_id)
@@ -176,7 +176,7 @@ def test_whatever_goes_wrong_no_task_is_held_for_ever(
         raise MemoryError
 
     monkeypatch.setattr(worker.preparer._inputs, "fetch", broken)
-    task_id = submit(init_image=new_handle())
+    task_id = submit(init_image=new_handle("default"))
     take(worker, broker)
     worker.committer.close()
     record = broker.view(task_id)
@@ -210,7 +210,7 @@ def test_a_read_that_hangs_keeps_no_lease_alive_and_is_seen_by_the_supervisor(
         return {}
 
     monkeypatch.setattr(worker.preparer._inputs, "fetch", hang)
-    submit(init_image=new_handle())
+    submit(init_image=new_handle("default"))
     take(worker, broker)
     ((before, standing_s, stuck),) = seen
     assert (before, stuck) == (False, True)
@@ -290,7 +290,7 @@ def test_a_stored_picture_is_what_the_gateway_makes_of_a_file(store: BaseStorage
     exif[0x0112] = 6
     source = drawn(64, 96).transpose(Image.Transpose.ROTATE_90)
     made = canonical(encoded(source.convert("CMYK"), "JPEG", exif=exif, quality=95), 1 << 20)
-    handle = new_handle()
+    handle = new_handle("default")
     store.put(storage_key(handle), made.png)
     (found,) = Inputs(store).fetch(resolved(init_image=handle, width=32, height=48))["init_image"]
     expected = np.asarray(drawn(64, 96).resize((32, 48), Image.Resampling.LANCZOS)).astype(int)
