@@ -19,7 +19,7 @@ def unfenced() -> None:
     from worker import engine
 
     source, _ = link.SCRIPTS["finish"]
-    checks = "local now = now_ms()\nif ARGV[11] == 'again'"
+    checks = "local now = now_ms()\nif ARGV[12] == 'again'"
     if checks not in source:
         raise SystemExit("finish.lua has changed: its checks are not where they are fooled")
     bare = source.replace(checks, "r[1], r[2], r[5] = 'running', fence, ARGV[10]\n" + checks)
