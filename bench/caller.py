@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import secrets
 import socket
 import threading
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ def body(**fields: object) -> dict[str, object]:
 class Caller:
     """One keep-alive connection, for one thread. A request is sent in one piece."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, key: str = "") -> None:
+        """With an API key each submit has an Idempotency-Key of its own as well."""
+        self._key = key
         self._sock = socket.create_connection((HOST, port), timeout=ANSWER_S)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -48,6 +51,8 @@ class Caller:
 
     def _call(self, method: str, path: str, expected: int, payload: bytes = b"") -> dict[str, Any]:
         head = [f"{method} {path} HTTP/1.1", f"Host: {HOST}"]
+        if self._key:
+            head += [f"Authorization: Bearer {self._key}", f"Idempotency-Key: {secrets.token_hex(8)}"]
         if payload:
             head += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
         self._sock.sendall("\r\n".join((*head, "", "")).encode() + payload)

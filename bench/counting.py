@@ -35,9 +35,9 @@ class Commands(NamedTuple):
     aside: dict[str, float]
 
 
-def ours(fleet: Fleet, port: int, tasks: int) -> Commands:
+def ours(fleet: Fleet, port: int, tasks: int, key: str = "") -> Commands:
     """Submit one task after the other to an idle worker, over HTTP, and wait for each: the dearest way there is."""
-    caller = Caller(port)
+    caller = Caller(port, key)
 
     def run() -> None:
         for _ in range(tasks):

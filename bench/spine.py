@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its p
 from bench import counting, cpu, latency, picture, stock_rq, throughput
 from bench.fleet import Fleet, Gateway
 from bench.report import Row, machine, save, table
+from common.apikeys import ApiKey, Token
 from zfleet.interrupts import Interrupts
 
 IMAGE_MS = 50.0
@@ -102,20 +103,47 @@ def measure(fleet: Fleet, plan: Plan) -> list[Row]:
             with fleet.worker(stub=True):
                 busy = [throughput.busy(gateway, "tasks", plan.load_s, WAITERS) for _ in range(plan.rounds)]
             submits = _submits(fleet, gateway, bare, plan)
+        with fleet.worker():
+            _say("Redis commands with an API key")
+            commands += _keyed_commands(fleet, gateway, plan)  # the last thing: from here on nobody is served without
     return [*commands, *_gateway(busy, submits), leisure, *costs, *latencies, submits.row]
 
 
 def _commands(fleet: Fleet, gateway: Gateway, plan: Plan) -> list[Row]:
     mine = counting.ours(fleet, gateway.port, plan.counted)
     theirs = counting.stock(fleet, plan.counted, IMAGE_MS / 1000)
-    names = ", ".join(f"{name} {count:.2f}" for name, count in sorted(mine.by_name.items()))
     return [
         Row(measure="Redis commands a task, as clients send them", samples=[mine.wire], goal=14,
-            note=f"idle worker, submit to finish and one status wait: {names}"),
+            note=f"idle worker, submit to finish and one status wait: {_names(mine)}"),
         Row(measure="… with those that scripts run inside Redis", samples=[mine.total], digits=1),
         Row(measure="… stock RQ, as clients send them", samples=[theirs.wire], digits=1,
             note=f"{theirs.total:.1f} with those inside scripts"),
     ]  # fmt: skip
+
+
+def _keyed_commands(fleet: Fleet, gateway: Gateway, plan: Plan) -> list[Row]:
+    open_to_all = counting.ours(fleet, gateway.port, plan.counted)
+    token = Token.new()
+    fleet.broker.put_key(
+        ApiKey(
+            key_id=token.key_id, digest=token.digest, tenant="acme", rate="1000/s", max_queued=1000, max_running=1000,
+            created_at=datetime.now(UTC),
+        ),
+        share=2,
+    )  # fmt: skip
+    keyed = counting.ours(fleet, gateway.port, plan.counted, str(token))
+    more = {name: keyed.by_name.get(name, 0) - open_to_all.by_name.get(name, 0) for name in ("submit", "claim")}
+    return [
+        Row(measure="… more of them for a tenant", samples=[keyed.wire - open_to_all.wire], goal=2,
+            note="API key with rate, quotas and share, and an Idempotency-Key each time, against none of it in the "
+                 f"same run: {_names(keyed)}, the EVALSHA being the rate's; submit {more['submit']:+.2f}, "
+                 f"claim {more['claim']:+.2f}"),
+        Row(measure="… and inside Redis", samples=[keyed.total - open_to_all.total], digits=1),
+    ]  # fmt: skip
+
+
+def _names(commands: counting.Commands) -> str:
+    return ", ".join(f"{name} {count:.2f}" for name, count in sorted(commands.by_name.items()))
 
 
 def _gateway(busy: Sequence[throughput.Costs], submits: Submits) -> list[Row]:

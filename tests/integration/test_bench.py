@@ -16,6 +16,7 @@ TIMEOUT_S = 240
 
 MEASURES = (
     "Redis commands a task, as clients send them",
+    "… more of them for a tenant",
     "gateway CPU a task",
     "… worker bookkeeping",
     "share of ideal throughput",
@@ -43,6 +44,8 @@ def test_the_short_form_measures_every_row(tmp_path: Path) -> None:
 
     # no matter how noisy the machine: these are counted, not timed
     assert rows["Redis commands a task, as clients send them"]["value"] <= 14
+    assert rows["… more of them for a tenant"]["value"] <= 2
+    assert "submit +0.00, claim +0.00" in rows["… more of them for a tenant"]["note"]
     stock = next(row for row in found["rows"] if row["measure"] == "… stock RQ, as clients send them")
     assert stock["value"] > rows["Redis commands a task, as clients send them"]["value"]
 
