@@ -10,7 +10,8 @@
 -- Ageing: when AGEING_EVERY tasks of higher priorities have been started in a row over a line whose next task has waited for
 -- ageing_ms, that one has its turn.
 -- Not seen at all are tasks with more pixels than the worker has memory for, and those of an API key that has as many on GPUs
--- as it may: they hold up nothing behind them. A tenant with none but the latter is parked until one of those ends.
+-- as it may: they hold up nothing behind them, as far as LOOK_AT. A tenant with none but the latter there is parked until
+-- one of those ends.
 -- ARGV: worker, gpu, token (new for each claim, the same when re-sent), room, lease_ms, retention_ms, bound_ms, ageing_ms,
 --       busy (1|0: whether the worker holds tasks), number of models in memory, then model, most pixels ('' for no
 --       limit) … (those in memory first)
