@@ -89,7 +89,7 @@ class Asked(BaseModel):
     seed: int | None = Field(None, ge=0, le=SEED_MAX)
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
-    priority: Priority | None = "normal"
+    priority: Priority | None = Field(None, description="`normal`, or lower if the key allows no more.")
     deadline_s: float | None = Field(None, gt=0, le=86_400, allow_inf_nan=False)
     reject_if_late: bool | None = False
     webhook: Webhook | None = None

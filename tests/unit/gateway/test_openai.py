@@ -21,6 +21,7 @@ from gateway.dialects import openai
 from gateway.dialects._openai_fields import Asked, ImageEdit, ImageGeneration
 from gateway.dialects.openai import CallHeader, patience_s
 from tests.servers import eventually
+from tests.tenants import bearer, new_key
 from tests.unit.gateway.fake_worker import PICTURE, FakeWorker
 from tests.unit.gateway.openai_calls import GENERATIONS, Diligent, error, events, stepwise
 
@@ -57,6 +58,15 @@ def test_a_prompt_is_answered_with_its_picture(client: FlaskClient, broker: Brok
     }
     assert (record.request.format, record.request.quality, record.request.metadata) == ("png", 100, {"user": "u1"})
     assert not record.request.preview
+
+
+@pytest.mark.parametrize(("highest", "given"), [("high", "normal"), ("low", "low")])
+def test_a_priority_that_is_left_out_is_one_that_the_key_allows(
+    client: FlaskClient, broker: Broker, diligent: Diligent, highest: str, given: str
+) -> None:
+    key = new_key(broker, priority_max=highest)
+    assert client.post(GENERATIONS, json={"prompt": "x"}, headers=bearer(key)).status_code == 200
+    assert diligent.request.priority == given
 
 
 def test_fields_of_both_sides_reach_the_task(client: FlaskClient, diligent: Diligent) -> None:
