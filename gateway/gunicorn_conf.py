@@ -29,7 +29,7 @@ limit_request_line = 8190  # bytes, as in Nginx
 limit_request_fields = 100
 limit_request_field_size = 8190
 
-forwarded_allow_ips = ""  # no answer depends on a scheme or an address, so nobody's word for them is needed
+forwarded_allow_ips = ""  # admission.py and links.py read X-Forwarded-* themselves, and say whom they believe
 
 accesslog = None  # Nginx has one, and requestlog.py writes a line a request
 loglevel = "info" if settings.log_level == "debug" else "warning"
