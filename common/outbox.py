@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -57,13 +57,11 @@ class Outbox(Link):
         status: int | None = None,
         error: str = "",
         pause_s: float = 0.0,
-        give_up: Callable[[], bool] | None = None,
     ) -> Literal["ok", "lost"]:
         """End a try: `delivered`, `failed` for good, `again` after the pause, or given `back` as if it had not been."""
         answer: Literal["ok", "lost"] = self._run(
             "deliver_settle", errand.delivery_id, courier, errand.fence, outcome, "" if status is None else status,
             error, int(pause_s * 1000), self._retention_ms,
-            give_up=give_up,
         )  # fmt: skip
         return answer
 
