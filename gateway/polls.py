@@ -64,10 +64,10 @@ class Polls:
         if not path.startswith(PREFIX) or environ["REQUEST_METHOD"] != "GET" or environ.get("QUERY_STRING"):
             return self._app(environ, start_response)
         task_id, tags = path[len(PREFIX) :], environ.get("HTTP_IF_NONE_MATCH")
-        self._hub.stay(STAY_S)
         memo = self._memos.get(task_id)
         if memo is None or not tags or not self._serves(memo, environ) or not memo.is_known(tags):
             return self._ask(task_id, environ, start_response)
+        self._hub.stay(STAY_S)
         environ.update({requestlog.ROUTE: ROUTE, requestlog.TASK_ID: task_id})
         start_response("304 NOT MODIFIED", [each for each in memo.headers or () if each[0] in OF_304])
         return ()
@@ -94,6 +94,8 @@ class Polls:
         answer = self._app(environ, start)
         status, headers = told[-1]
         caller: Caller | None = environ.get(admission.CALLER)
+        if caller is not None:  # whoever has no key makes nobody listen
+            self._hub.stay(STAY_S)
         if status not in ("200", "304") or caller is None:
             self._memos.pop(task_id, None)
             return answer

@@ -321,6 +321,17 @@ def test_only_who_may_see_a_task_is_answered_from_memory(tenants: Tenants, reads
         assert tenants.poll(task_id, also_mine, known).status_code == 304
 
 
+def test_who_has_no_key_makes_nobody_listen(settings: Settings, broker: Broker) -> None:
+    strangers = Tenants(settings, broker)
+    key = strangers.key("a")
+    task_id = strangers.submit(key)
+    assert {strangers.poll(task_id, "zfk_0_0").status_code, poll(strangers.client, task_id).status_code} == {401}
+    assert not hub(strangers.client)._threads
+    assert strangers.poll(task_id, key).status_code == 200
+    eventually(lambda: hub(strangers.client).hears_all)
+    strangers.client.application.extensions[TASKS].close()
+
+
 def test_an_admin_is_answered_as_one(tenants: Tenants, reads: Reads) -> None:
     mine, admin = tenants.key("a"), tenants.key("ops", admin=True)
     task_id = tenants.submit(mine)
