@@ -120,7 +120,8 @@ def look(broker: Broker, catalogue: Catalogue, disk: DiskGuard, uptime_s: float)
             status="unhealthy", reasons=[error.message], uptime_seconds=round(uptime_s, 3), gpu_memory_used_mb=0,
             pending_tasks=0, models_loaded=[], workers=0,
         )  # fmt: skip
-    reasons = [f"{card.device} of {card.host} is lost" for card in cards if card.state == "lost"]
+    lost = sum(card.state == "lost" for card in cards)  # which, is for operators: anybody may ask for this
+    reasons = [f"GPUs lost: {lost}; see /api/workers"] if lost else []
     cards = [card for card in cards if card.state != "lost"]
     unserved = [name for name in catalogue if not any(name in card.models for card in cards)]
     if not cards:
