@@ -162,8 +162,9 @@ class Tasks:
         with self._hub.listen(task_id) as listener:
             record = self._look(task_id, caller, listener)
             while not record.status.final and not self._hub.closed and (left := until - time.monotonic()) > 0:
-                if listener.wait(min(left, self._hub.safety_net_s())) == "look" and not self._hub.closed:
-                    listener.wait(min(max(0.0, until - time.monotonic()), self._hub.catch_up_s()))
+                heard = listener.wait(min(left, self._hub.safety_net_s()))
+                if turn_s := self._hub.turn_s(listener, heard):
+                    listener.wait(min(max(0.0, until - time.monotonic()), turn_s))
                 record = self._look(task_id, caller, listener)
         return record
 
@@ -202,7 +203,7 @@ class Tasks:
                     place = Place.of(record)
                 elif heard == "timeout":
                     yield None
-                if heard == "progress":
+                if new and not record.status.final:
                     listener.rest(self._hub.step_gap_s())
 
     def _stepped(self, record: TaskRecord, listener: Listener) -> TaskRecord:
@@ -221,8 +222,8 @@ class Tasks:
 
     def _look_again(self, task_id: str, caller: Caller, listener: Listener, heard: Signal) -> tuple[TaskRecord, float]:
         """Return a task that is followed, and until when silence about it is to be trusted."""
-        if heard == "look":
-            listener.wait(self._hub.catch_up_s())
+        if turn_s := self._hub.turn_s(listener, heard):
+            listener.wait(turn_s)
         silence_s = self._hub.safety_net_s()
         record = self._look(task_id, caller, listener, silence_s / 2 if heard == "timeout" else FRESH_S)
         return record, time.monotonic() + silence_s

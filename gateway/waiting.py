@@ -25,7 +25,8 @@ Signal = Literal["timeout", "look", "progress", "changed", "final"]
 
 SAFETY_NET_S = 10.0  # a waiter reads its task again this often, should an event have been missed …
 SAFETY_READS_PER_S = 100  # … but all waiters of a process together no more often than this
-CATCH_UP_READS_PER_S = 1000  # after a re-subscription everybody looks again, spread out at this rate
+LOOKS_PER_S = 500  # of those who have to look at the same moment; a wait's or a stream's end costs a millisecond
+CROWD = 50  # so many are spread out over time
 STEPS_PER_S = 1000  # that all followers of a process together are told; with many of them, each is told fewer
 FRESH_S = 0.1  # a look at a task serves everybody who asks so shortly afterwards
 RESTART_S = 1.0
@@ -186,9 +187,10 @@ class Hub:
         """Return for how long a listener should trust silence."""
         return max(SAFETY_NET_S, self._count / SAFETY_READS_PER_S) * random.uniform(0.6, 1.0)
 
-    def catch_up_s(self) -> float:
-        """Return how long this listener leaves others the right of way when everybody has to look again."""
-        return random.uniform(0.0, self._count / CATCH_UP_READS_PER_S)
+    def turn_s(self, listener: Listener, heard: Signal) -> float:
+        """Return how long a listener leaves others the right of way who heard the same and have to look now."""
+        many = self._count if heard == "look" else len(listener.topic.listeners) if heard in ("changed", "final") else 0
+        return 0.0 if many < CROWD or self.closed else random.uniform(0.0, many / LOOKS_PER_S)
 
     def step_gap_s(self) -> float:
         """Return how long a follower who was told a step leaves others the right of way."""

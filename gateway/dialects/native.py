@@ -15,7 +15,7 @@ from typing import Annotated
 
 from flask import Response, request
 from flask_openapi3.types import ResponseDict
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
 
 from common.apikeys import EVERYBODY, TENANT
 from common.errors import (
@@ -59,6 +59,7 @@ from gateway.places import Place, mark
 WAIT_MAX_S = 60
 PAGE_MAX = 200
 RETRY_MS = (1000, 3000)  # after which a client should come back; not all at once when a gateway has gone
+RENDERED_MAX = 64  # tasks whose JSON is kept for the others who follow them
 ETA_GRAINS = 4  # to an octave: estimates that differ by less than a fifth are alike to an ETag
 
 UNCHANGED = {"description": "Nothing has changed since the answer whose ETag came back as If-None-Match."}
@@ -274,14 +275,15 @@ def render_events(stream: Iterator[TaskRecord | Progress | None], told: Place | 
         elif isinstance(seen, Progress):
             assert told is not None  # the task as it is comes first
             told = told._replace(step=seen.step, preview=mark(seen.preview) or told.preview)
-            yield _event("progress", told, seen.model_copy(update={"preview": preview_url(seen.preview)}))
+            step = seen.model_copy(update={"preview": preview_url(seen.preview)}) if seen.preview else seen
+            yield _event("progress", told, step.model_dump_json())
         else:
             anew, told = told is None or not told.is_of(seen), Place.of(seen)
-            view = render(seen)
+            data = _once(seen)
             if anew or not seen.status.final:
-                yield _event("status", told, view)
+                yield _event("status", told, data)
             if seen.status.final:
-                yield _event(seen.status, told, view)
+                yield _event(seen.status, told, data)
 
 
 def render_cursor(place: tuple[int, str]) -> str:
@@ -301,8 +303,21 @@ def parse_cursor(cursor: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _event(name: str, place: Place, data: BaseModel) -> str:
-    return f"event: {name}\nid: {place}\ndata: {data.model_dump_json()}\n\n"
+def _event(name: str, place: Place, data: str) -> str:
+    return f"event: {name}\nid: {place}\ndata: {data}\n\n"
+
+
+_rendered: dict[str, tuple[TaskRecord, str]] = {}  # by task
+
+
+def _once(record: TaskRecord) -> str:
+    """Return the task as JSON, made once for all who are told of the same record at a time."""
+    kept = _rendered.get(record.task_id)
+    if kept is None or kept[0] is not record:
+        if len(_rendered) >= RENDERED_MAX:
+            _rendered.clear()
+        kept = _rendered[record.task_id] = (record, render(record).model_dump_json())
+    return kept[1]
 
 
 def _ms(begin: datetime, end: datetime | None) -> float | None:

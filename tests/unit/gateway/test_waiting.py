@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -188,11 +189,22 @@ def test_followers_come_and_go_without_losing_their_steps(hub: Hub, channel: Cha
 
 def test_many_listeners_read_less_often_and_spread_out(hub: Hub) -> None:
     assert 6 <= hub.safety_net_s() <= 10
-    assert hub.catch_up_s() == 0
     hub._count = 10_000
     assert 60 <= hub.safety_net_s() <= 100
-    assert max(hub.catch_up_s() for _ in range(200)) > 8
     hub._count = 0
+
+
+def test_a_crowd_that_heard_the_same_takes_turns(hub: Hub) -> None:
+    with ExitStack() as stack:
+        few = stack.enter_context(hub.listen("a"))
+        signals: tuple[waiting.Signal, ...] = ("timeout", "look", "progress", "changed", "final")
+        assert [hub.turn_s(few, heard) for heard in signals] == [0.0] * 5
+        several = [stack.enter_context(hub.listen("b")) for _ in range(500)]
+        many = several[0]
+        assert max(hub.turn_s(few, "look") for _ in range(200)) > 0.3
+        assert hub.turn_s(few, "final") == hub.turn_s(many, "timeout") == hub.turn_s(many, "progress") == 0
+        turns = [hub.turn_s(many, "final") for _ in range(200)]
+        assert 0.6 < max(turns) <= 1.0 and min(turns) < 0.2
 
 
 def test_one_look_serves_all_who_have_heard_the_same(hub: Hub, channel: Channel) -> None:
