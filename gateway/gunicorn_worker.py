@@ -21,7 +21,7 @@ from gateway.slowclients import ClientSocket
 
 DRAIN_EVERY_S = 0.1
 IN_TIME_S = 0.005  # that the event loop may take for a round before requests that only read have to stand in line
-AT_ONCE = 4  # of those in line are let in a round …
+AT_ONCE = 10  # of those in line are let in a round …
 ROUND_S = 0.0005  # … and the next round is this much later
 
 
