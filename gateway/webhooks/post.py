@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -20,6 +21,7 @@ from gateway.webhooks.targets import Target
 
 CONNECT_S = 3.0  # to one address, and as long for TLS; there may be others
 ANSWER_MAX_BYTES = 64 * 1024  # of a body, which nobody looks at: it is read so that its sender can end in peace
+ALL_MAX_BYTES = 2 * ANSWER_MAX_BYTES  # with heads, those before the last one, chunks' sizes and trailers
 GONE = 410
 MAY_ASK_FOR_TIME = (429, 503)
 
@@ -87,6 +89,42 @@ class Cutoff:
         self._timer.cancel()
 
 
+class _Bounded(io.RawIOBase):
+    """What a connection says, up to ALL_MAX_BYTES; then it counts as broken."""
+
+    def __init__(self, connection: io.RawIOBase) -> None:
+        self._connection = connection
+        self._left = ALL_MAX_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview, /) -> int | None:  # type: ignore[override]  # wider in typeshed
+        if self._left <= 0:
+            raise OSError("no end of the answer")
+        count: int | None = self._connection.readinto(buffer[: self._left])
+        self._left -= count or 0
+        return count
+
+    def close(self) -> None:
+        self._connection.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer that is bounded as a whole, after any that are not final, as 103 Early Hints."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.fp = io.BufferedReader(_Bounded(self.fp.detach()))
+
+    def begin(self) -> None:
+        super().begin()
+        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+            self.headers = None  # type: ignore[assignment]  # by which http.client knows that it has to begin
+            super().begin()
+
+
 class Poster:
     """Posts to checked addresses only: it asks no name server, follows no redirect and knows no proxy."""
 
@@ -138,10 +176,13 @@ class Poster:
 
     def _connection(self, target: Target, address: str, timeout_s: float) -> HTTPConnection:
         if target.scheme == "http":
-            return HTTPConnection(address, target.port, timeout=timeout_s)
-        return HTTPSConnection(
-            address, target.port, timeout=timeout_s, ssl_context=self._tls, server_hostname=target.host.strip("[]")
-        )
+            connection = HTTPConnection(address, target.port, timeout=timeout_s)
+        else:
+            connection = HTTPSConnection(
+                address, target.port, timeout=timeout_s, ssl_context=self._tls, server_hostname=target.host.strip("[]")
+            )
+        connection.response_class = _Response
+        return connection
 
 
 def _why(error: Exception, cutoff: Cutoff) -> str:

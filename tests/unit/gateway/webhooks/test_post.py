@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -172,6 +172,42 @@ def test_what_is_no_http_is_a_failure(receiver: Receiver, said: bytes) -> None:
     receiver.behaviour = lambda handler: handler.wfile.write(said)
     with pytest.raises(Unreachable):
         post(receiver)
+
+
+@pytest.mark.parametrize("status", [100, 102, 103, 199])
+def test_what_comes_before_the_answer_is_not_the_answer(receiver: Receiver, status: int) -> None:
+    first = f"HTTP/1.1 {status} Not Yet\r\nLink: </x>\r\n\r\n".encode()
+    receiver.behaviour = lambda handler: (handler.wfile.write(first * 3), handler.answer(204, b""))[1]
+    assert post(receiver) == Answer(204)
+
+
+def pour(start: bytes, again: bytes) -> Callable[[Handler], None]:
+    """A behaviour: say something without end."""
+
+    def behave(handler: Handler) -> None:
+        handler.wfile.write(start)
+        while True:
+            handler.wfile.write(again * 1000)
+
+    return behave
+
+
+@pytest.mark.parametrize("status", [100, 103])
+def test_answers_without_end_are_cut_off_by_their_length(receiver: Receiver, status: int) -> None:
+    receiver.behaviour = pour(b"", f"HTTP/1.1 {status} Not Yet\r\n\r\n".encode())
+    began = time.process_time()
+    with pytest.raises(Unreachable, match="broke"):
+        post(receiver)
+    assert time.process_time() - began < 2.5  # and not for as long as it lasts
+
+
+@pytest.mark.parametrize("again", [b"X: y\r\n", b"0" * 60, b"1\r\nx\r\n"], ids=["trailers", "size", "chunks"])
+def test_chunks_without_end_do_not_undo_the_status(receiver: Receiver, again: bytes) -> None:
+    start = b"" if again.startswith(b"1") else b"0\r\n"
+    receiver.behaviour = pour(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + start, again)
+    began = time.monotonic()
+    assert post(receiver).accepted
+    assert time.monotonic() - began < 4
 
 
 def test_a_try_that_was_given_up_connects_no_more(receiver: Receiver) -> None:
