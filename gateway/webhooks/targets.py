@@ -23,6 +23,15 @@ Resolve: TypeAlias = Callable[[str, int], Sequence[str]]
 
 REMEDY = "must be an https URL of a host that the whole world can reach, without user or password"
 _ENTRY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s/@:\[\]]+)(?::([0-9]{1,5}))?")
+_INNER = [  # as well as what Python's ipaddress knows, which is more in some of its versions than in others
+    ipaddress.ip_network(network)
+    for network in (
+        "192.0.0.0/24",  # IETF's (RFC 6890); of it a cloud takes 192.0.0.192 for what its machines may know
+        "192.88.99.0/24",  # 6to4 relays (RFC 7526)
+        "168.63.129.16/32",  # a cloud's own services, on every machine of its
+        "3fff::/20",  # documentation (RFC 9637)
+    )
+]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
@@ -116,7 +125,7 @@ def public(address: Address) -> bool:
             return all(public(inner) for inner in carried)
         if address.is_reserved or address.is_site_local:
             return False
-    return address.is_global and not address.is_multicast
+    return address.is_global and not address.is_multicast and not any(address in network for network in _INNER)
 
 
 def _carried(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
