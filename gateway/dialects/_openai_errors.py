@@ -32,8 +32,8 @@ _CODES = {
     UnknownModel.code: "model_not_found",
     RateLimited.code: "rate_limit_exceeded",
 }
-_PARAMS = {  # what the fields of a GenerateRequest are called here
-    "width": "size", "height": "size", "format": "output_format", "quality": "output_compression",
+_PARAMS = {  # what the fields of a GenerateRequest are called here, but for `quality`, which is another one here
+    "width": "size", "height": "size", "format": "output_format",
     "init_image": "image", "reference_images": "image", "mask_image": "mask",
 }  # fmt: skip
 

@@ -111,6 +111,7 @@ REFUSED: tuple[tuple[dict[str, Any], Any], ...] = (
     ({"n": True}, (400, "invalid_request", "n")),
     ({"output_format": "gif"}, (400, "invalid_request", "output_format")),
     ({"output_compression": -1}, (400, "invalid_request", "output_compression")),
+    ({"quality": "ultra"}, (400, "invalid_request", "quality")),
     ({"background": "transparent"}, (400, "invalid_request", "background")),
     ({"steps": 1000}, (400, "invalid_request", "steps")),
     ({"webhook": {"url": ""}}, (400, "invalid_request", "webhook.url")),
