@@ -2,6 +2,15 @@
 -- ARGV: every_ms (nothing is done if it was done less long ago; 0: always)
 -- Returns the ids put back
 if ARGV[1] ~= '0' and not redis.call('SET', K.DELIVER_MENDED, '1', 'NX', 'PX', ARGV[1]) then return {} end
+
+-- A look at each one holds up everybody, where a receiver that hangs has let a long line grow: only where the numbers
+-- differ. What stands there without a right to is gone one day, and no longer hides one that is missing.
+local in_line = 0
+for _, tenant in ipairs(redis.call('ZRANGE', K.TO_DELIVER, 0, -1)) do
+  in_line = in_line + redis.call('LLEN', K.RQ_QUEUE .. K.WEBHOOK_QUEUE .. tenant)
+end
+if in_line == redis.call('ZCOUNT', K.DELIVERIES, '+inf', '+inf') then return {} end
+
 local now, standing, back = now_ms(), {}, {}
 for _, delivery in ipairs(redis.call('ZRANGEBYSCORE', K.DELIVERIES, '+inf', '+inf')) do
   local found = find(delivery)

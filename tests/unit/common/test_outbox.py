@@ -13,6 +13,7 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 
+from common import keys
 from common.broker import Broker
 from common.outbox import TRIES
 from common.records import Errand, Hold
@@ -274,6 +275,31 @@ def test_a_look_for_lost_ones_is_made_once_in_a_while(broker: Broker, submit: Su
     queue_of(redis).empty()
     assert broker.mend_deliveries(every_s=60) == []
     assert len(broker.mend_deliveries()) == 1
+
+
+def test_a_line_from_which_none_is_lost_is_not_read_through(broker: Broker, submit: SubmitFn, redis: Redis) -> None:
+    for tenant in ("default", "acme"):
+        submit(webhook=ENDED, tenant=tenant)
+        end(broker)
+    take(broker, room=1)
+    redis.config_resetstat()
+    assert broker.mend_deliveries() == []
+    assert {"cmdstat_lrange", "cmdstat_hmget"}.isdisjoint(redis.info("commandstats"))
+    redis.delete(keys.TO_DELIVER)  # with it nobody would ever be told
+    assert broker.mend_deliveries() == []
+    assert len(take(broker)) == 1
+
+
+def test_one_that_is_lost_is_found_once_what_stands_in_its_place_is_gone(
+    broker: Broker, submit: SubmitFn, redis: Redis
+) -> None:
+    task_id = submit(webhook=ENDED)
+    end(broker)
+    queue_of(redis).empty()
+    redis.lpush("rq:queue:webhooks.default", "forged")
+    assert broker.mend_deliveries() == []
+    assert not take(broker)
+    assert broker.mend_deliveries() == [f"{task_id}-ended"]
 
 
 def test_a_job_that_stands_for_no_delivery_is_refused(broker: Broker, submit: SubmitFn, redis: Redis) -> None:
