@@ -8,8 +8,10 @@ is made to the very addresses that were checked, so that a name server that chan
 from __future__ import annotations
 
 import ipaddress
+import queue
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -20,6 +22,10 @@ from common.errors import ConfigurationError, InvalidRequest
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve: TypeAlias = Callable[[str, int], Sequence[str]]
+
+RESOLVE_S = (
+    5.0  # for name servers to answer, of the ten that a try has: the system's own patience may outlast its lease
+)
 
 REMEDY = "must be an https URL of a host that the whole world can reach, without user or password"
 _ENTRY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s/@:\[\]]+)(?::([0-9]{1,5}))?")
@@ -110,12 +116,33 @@ class Targets:
         if target.address:
             return [str(target.address)]
         try:
-            found = self._resolve(target.host, target.port)
+            found = self._resolved(target)
+        except TimeoutError:
+            raise Refused("no name server told the address of its host in time") from None
         except (OSError, UnicodeError):
             raise Refused("its host name has no address") from None
         if not target.allowed and not all(public(ipaddress.ip_address(address)) for address in found):
             raise Refused("its host name stands for an address that is not public")
         return list(found)
+
+    def _resolved(self, target: Target) -> Sequence[str]:
+        """Return what a host name stands for; raises OSError, as TimeoutError, and UnicodeError."""
+        answer: queue.SimpleQueue[Sequence[str] | OSError | UnicodeError] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answer.put(self._resolve(target.host, target.port))
+            except (OSError, UnicodeError) as error:
+                answer.put(error)
+
+        threading.Thread(target=ask, name="resolve", daemon=True).start()
+        try:
+            found = answer.get(timeout=RESOLVE_S)
+        except queue.Empty:
+            raise TimeoutError from None
+        if isinstance(found, OSError | UnicodeError):
+            raise found
+        return found
 
 
 def public(address: Address) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -137,6 +139,21 @@ def test_an_allowed_name_may_stand_for_anything_and_a_literal_asks_nobody() -> N
     assert targets.addresses(targets.parse("http://allowed.example/")) == ["127.0.0.1"]
     assert targets.addresses(targets.parse("https://[2606:4700::1111]/")) == ["2606:4700::1111"]
     assert asked == ["allowed.example"]
+
+
+def test_name_servers_that_do_not_answer_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.webhooks.targets.RESOLVE_S", 0.05)
+    over = threading.Event()
+
+    def resolve(_host: str, _port: int) -> list[str]:
+        over.wait(5)
+        return ["8.8.8.8"]
+
+    began = time.monotonic()
+    with pytest.raises(Refused, match="in time"):
+        Targets(resolve=resolve).addresses(OPEN.parse("https://hooks.example/"))
+    assert time.monotonic() - began < 3
+    over.set()
 
 
 @pytest.mark.parametrize("host", ["nobody.invalid", f"{'a' * 64}.example"])
