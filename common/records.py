@@ -200,15 +200,14 @@ def deliveries(fields: Mapping[str, str]) -> list[Delivery]:
             last_try_at=when(delivery.get("last_at")),
             next_try_at=when(delivery.get("next_at")),
         )
-        for name, delivery in sorted(told.items(), key=_by_age)
+        for name, delivery in sorted(told.items(), key=lambda item: _place(item[0]))
     ]
 
 
-def _by_age(item: tuple[str, Mapping[str, Any]]) -> tuple[int, bool, int, str]:
-    name, delivery = (
-        item  # several may be of the same millisecond: then the end comes last, and starts as they are numbered
-    )
-    return delivery["made_at"], delivery["event"] == "ended", len(name), name
+def _place(name: str) -> tuple[bool, int]:
+    """Return where `delivery:started-<fence>` or `delivery:ended` belongs; by time, many are of one millisecond."""
+    _, _, fence = name.partition("-")
+    return not fence, int(fence or 0)
 
 
 def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: float | None) -> TaskRecord:

@@ -13,7 +13,7 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 
-from common import keys
+from common import keys, records
 from common.broker import Broker
 from common.outbox import TRIES
 from common.records import Errand, Hold
@@ -113,6 +113,13 @@ def test_each_attempt_is_told_and_the_end_once(broker: Broker, submit: SubmitFn)
         "-started-1", "-started-2", "-ended",
     ]  # fmt: skip
     assert len(take(broker)) == 3
+
+
+def test_deliveries_of_one_millisecond_are_in_their_order() -> None:
+    told = json.dumps({"event": "started", "state": "pending", "tries": 0, "fence": 0, "made_at": 1})
+    names = ["ended", "started-10", "started-2", "started-1"]
+    found = records.deliveries({"id": "x", "webhook": "{}"} | {f"delivery:{name}": told for name in names})
+    assert [each.id for each in found] == ["x-started-1", "x-started-2", "x-started-10", "x-ended"]
 
 
 def test_a_delivery_is_one_couriers_at_a_time(broker: Broker, submit: SubmitFn) -> None:
