@@ -35,7 +35,7 @@ class ApiKey(Stored):
     digest: str
     admin: bool = False  # sees and steers the whole fleet, every tenant's tasks among it
     priority_max: Priority = "high"
-    rate: Rate | None = None  # of submits
+    rate: Rate | None = None  # of submits and uploads
     max_queued: Annotated[int, Field(ge=1)] | None = None  # tasks of this key that stand in line
     max_running: Annotated[int, Field(ge=1)] | None = None  # tasks of this key on GPUs; others of it wait
     created_at: datetime

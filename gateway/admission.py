@@ -1,8 +1,9 @@
 """Who is asking: the tenant and the rights behind an API key, told before a request's body is read.
 
-Every route wants a key unless it says that it is public, and a route that submits is counted against the key's rate. A
-fleet for which no key was ever made serves one open tenant with all rights, whatever key is shown; but to nobody beyond
-this machine, and not by a gateway that listens beyond it, unless ZFLEET_INSECURE allows that.
+Every route wants a key unless it says that it is public, and a route that submits, a task or a picture ahead of one, is
+counted against the key's rate. A fleet for which no key was ever made serves one open tenant with all rights, whatever
+key is shown; but to nobody beyond this machine, and not by a gateway that listens beyond it, unless ZFLEET_INSECURE
+allows that.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def open_to(scope: Scope) -> Callable[[F], F]:
 
 
 def submits(view: F) -> F:
-    """Mark a view that makes tasks: each of its calls counts against the caller's rate, whatever becomes of it."""
+    """Mark a view that takes in tasks or their pictures: each of its calls counts, whatever becomes of it."""
     view.submits = True  # type: ignore[attr-defined]
     return view
 

@@ -25,7 +25,7 @@ from common.schemas import InputImage, Picture, Wire
 from common.settings import Settings
 from common.storage.base import BaseStorage
 from gateway import formats, pictures, problems
-from gateway.admission import caller
+from gateway.admission import caller, submits
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.aside import decoding, storing
 from gateway.bodies import FilePart, Form, digest
@@ -159,6 +159,7 @@ def create(found: Inputs) -> Api:
     refusals = (InvalidRequest, MalformedBody, UnsupportedMediaType, TooBusy, StorageFull, StorageError)
 
     @api.post("/api/images", responses={"201": InputImage, **problems.documented(*refusals)})
+    @submits
     def upload(body: Upload, form: UploadForm) -> Response:
         """Send a picture to start from; a submit names it by the handle that comes back.
 

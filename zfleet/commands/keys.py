@@ -88,7 +88,7 @@ def keys(context: click.Context) -> None:
     "--priority-max", type=click.Choice(["high", "normal", "low"]), default="high", show_default=True,
     help="The highest that its tasks may have.",
 )  # fmt: skip
-@click.option("--rate", callback=rate, metavar="N/UNIT", help="Submits, as 10/s; units are s, m, h, d.")
+@click.option("--rate", callback=rate, metavar="N/UNIT", help="Submits and uploads, as 10/s; units are s, m, h, d.")
 @click.option("--max-queued", type=click.IntRange(min=1), metavar="N", help="Its tasks in line.")
 @click.option("--max-running", type=click.IntRange(min=1), metavar="N", help="Its tasks on GPUs.")
 @click.option(

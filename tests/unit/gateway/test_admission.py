@@ -334,6 +334,14 @@ def test_a_rate_is_each_keys_own_and_refills(client: FlaskClient, broker: Broker
     assert submit(client, quick).status_code == 202
 
 
+def test_pictures_sent_ahead_count_like_submits(client: FlaskClient, broker: Broker) -> None:
+    key = new_key(broker, rate="2/h")
+    answers = [client.post("/api/images", headers=bearer(key), json={"image": "x"}) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [422, 422, 429]
+    assert [answer.headers["X-RateLimit-Remaining"] for answer in answers] == ["1", "0", "0"]
+    assert submit(client, key).status_code == 429
+
+
 def test_a_limited_submit_is_refused_before_its_body_is_read(client: FlaskClient, broker: Broker) -> None:
     class Body:
         def read(self, *_: object) -> bytes:
