@@ -28,7 +28,8 @@ for m = 11, #ARGV, 2 do
 end
 local PRIORITIES = {'high', 'normal', 'low'}
 local MOST_TENANTS = 64 -- that are looked at for the oldest task of a line
-local LOOK_AT = 16 -- tenants of a line, and tasks of each, among which a worker looks for one that it may take
+local LOOK_AT = 16 -- tasks of a tenant among which a worker looks for one that it may take …
+local MOST_SEEN = 512 -- … and of all the tenants of a line that it passes over for that
 local AGEING_EVERY = 10
 local now = now_ms()
 
@@ -123,8 +124,8 @@ end
 -- The tenant whose turn it is in a line, with the task and its virtual start, in the line's own time and in that of all; nil
 -- if there is none for this worker. Tenants without work, or none that may be run, leave the line; others are passed over.
 local function look(model, priority)
-  local line, passed_over = model .. '.' .. priority, {}
-  while #passed_over < LOOK_AT do
+  local line, passed_over, seen = model .. '.' .. priority, {}, 0
+  while seen < MOST_SEEN do
     local first = redis.call('ZRANGE', K.READY .. line, #passed_over, #passed_over, 'WITHSCORES')
     if not first[1] then return nil end
     local tenant, start, queue = first[1], tonumber(first[2]), line .. '.' .. first[1]
@@ -140,6 +141,7 @@ local function look(model, priority)
       for _, api_key in ipairs(full) do redis.call('SADD', K.PARKED .. api_key, queue) end
     else
       passed_over[#passed_over + 1] = tenant
+      seen = seen + math.min(LOOK_AT, redis.call('LLEN', K.RQ_QUEUE .. queue))
     end
   end
 end

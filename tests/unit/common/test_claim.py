@@ -242,6 +242,15 @@ def test_tenants_share_a_small_worker_past_one_whose_tasks_are_too_large(broker:
     assert late.count("pico.normal.new") <= 4, "the clock did not go back: who comes now has no credit"
 
 
+def test_a_small_worker_finds_who_stands_behind_many_whose_tasks_are_too_large(
+    broker: Broker, submit: SubmitFn
+) -> None:
+    for k in range(100):
+        submit(model="pico", tenant=f"large-{k}", **LARGE)
+    fits = submit(model="pico", tenant="small")
+    assert take_small(broker, 4) == [fits]
+
+
 def test_only_what_fits_makes_a_model_wait_past_the_bound(broker: Broker, submit: SubmitFn, age: Age) -> None:
     large, fits, turbo = submit(model="pico", **LARGE), submit(model="pico"), submit(model="turbo")
     age(large, 60)
