@@ -191,8 +191,10 @@ def shown(environ: WSGIEnvironment) -> str | None:
 
 def is_local(environ: WSGIEnvironment) -> bool:
     """Return whether a request comes from this machine, and was not passed on for somebody elsewhere."""
-    addresses = (environ.get("REMOTE_ADDR", ""), *environ.get("HTTP_X_FORWARDED_FOR", "").split(","))
-    return all(is_loopback(address.strip()) for address in addresses if address)
+    if "HTTP_FORWARDED" in environ:  # which our Nginx empties, and another proxy may write in many ways
+        return False
+    passed_on = (*environ.get("HTTP_X_FORWARDED_FOR", "").split(","), environ.get("HTTP_X_REAL_IP", ""))
+    return all(is_loopback(address.strip()) for address in (environ.get("REMOTE_ADDR", ""), *passed_on) if address)
 
 
 def _obey(tally: Tally) -> None:

@@ -25,7 +25,7 @@ Signal = Literal["timeout", "look", "progress", "changed", "final"]
 
 SAFETY_NET_S = 10.0  # a waiter reads its task again this often, should an event have been missed …
 SAFETY_READS_PER_S = 100  # … but all waiters of a process together no more often than this
-LOOKS_PER_S = 500  # of those who have to look at the same moment; a wait's or a stream's end costs a millisecond
+LOOKS_PER_S = 512  # of those who have to look at the same moment; a wait's or a stream's end costs a millisecond
 CROWD = 50  # so many are spread out over time
 STEPS_PER_S = 1000  # that all followers of a process together are told; with many of them, each is told fewer
 FRESH_S = 0.1  # a look at a task serves everybody who asks so shortly afterwards

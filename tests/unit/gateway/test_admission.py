@@ -263,6 +263,8 @@ def test_without_keys_this_machine_is_one_open_tenant_with_all_rights(client: Fl
 def test_but_nobody_else(client: FlaskClient, settings: Settings, broker: Broker) -> None:
     for passed_on in ("192.0.2.7", "127.0.0.1, 192.0.2.7", "x", ", "):
         assert not served(client, headers={"X-Forwarded-For": passed_on})
+    for other in ({"X-Real-IP": "203.0.113.9"}, {"Forwarded": "for=203.0.113.9"}):
+        assert not served(client, headers=other)
     assert not served(client, environ_base=ELSEWHERE)
     assert not served(client, environ_base=ELSEWHERE, headers={"X-Forwarded-For": "127.0.0.1"})
     insecure = create_app(settings.model_copy(update={"insecure": True}), broker).test_client()
