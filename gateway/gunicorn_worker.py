@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
-from collections import deque
 from types import FrameType
 from typing import Any
 
 import gevent  # type: ignore[import-untyped]
-from gevent.event import Event  # type: ignore[import-untyped]
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
 from gateway.slowclients import ClientSocket
 
 DRAIN_EVERY_S = 0.1
-IN_TIME_S = 0.005  # that the event loop may take for a round before requests that only read have to stand in line
-AT_ONCE = 10  # of those in line are let in a round …
-ROUND_S = 0.0005  # … and the next round is this much later
 
 
 class _Idle(gevent.Timeout):  # type: ignore[misc]  # gevent ships no types
@@ -77,42 +71,12 @@ class _OneWrite:
         return getattr(self._sock, name)
 
 
-class _Turns:
-    """Lets requests begin a few at a time while the event loop is behind.
-
-    When thousands come at once, answers of Redis and those who do not stand in line here get through between them.
-    """
-
-    def __init__(self) -> None:
-        self._line: deque[Event] = deque()
-        self._calling = False
-
-    def take(self) -> None:
-        """Return at once if the loop is in time and nobody waits, else when it is this request's turn."""
-        if not self._calling and time.time() - gevent.get_hub().loop.now() < IN_TIME_S:
-            return
-        turn = Event()
-        self._line.append(turn)
-        if not self._calling:
-            self._calling = True
-            gevent.spawn(self._call)
-        turn.wait()
-
-    def _call(self) -> None:
-        while self._line:
-            for _ in range(min(AT_ONCE, len(self._line))):
-                self._line.popleft().set()
-            gevent.sleep(ROUND_S)
-        self._calling = False
-
-
 class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn ships no types
     """On SIGTERM, whoever waits for a task is answered, idle connections are closed, other requests are finished."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._idle: dict[_Idle, gevent.Greenlet] = {}
-        self._turns = _Turns()
 
     def init_process(self) -> None:
         # gunicorn looks some 25 settings up for each request, through a __getattr__ that plain attributes come before
@@ -126,8 +90,6 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn ships no types
         super().handle(listener, ClientSocket(client), addr)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        if req.method == "GET":
-            self._turns.take()
         one = _OneWrite(sock)
         sock.expect_body()
         try:

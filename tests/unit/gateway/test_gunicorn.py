@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import runpy
-import time
 from pathlib import Path
 from typing import Any
 
-import gevent  # type: ignore[import-untyped]
 import pytest
 
 import gateway
-from gateway.gunicorn_worker import IN_TIME_S, _OneWrite, _Turns
+from gateway.gunicorn_worker import _OneWrite
 
 CONF = str(Path(gateway.__file__).parent / "gunicorn_conf.py")
 
@@ -70,35 +68,3 @@ def test_the_head_goes_before_anything_else_that_is_done_to_the_socket() -> None
     one.sendall(b"head")
     one.sendfile("file")
     assert sock.calls == [b"head", "file"]
-
-
-def test_requests_begin_at_once_while_the_loop_is_in_time() -> None:
-    turns = _Turns()
-    gevent.sleep(0.001)
-    turns.take()
-    assert not turns._line and not turns._calling
-
-
-def test_a_burst_begins_a_few_at_a_time_in_order_and_lets_others_through() -> None:
-    turns = _Turns()
-    begun: list[int] = []
-    rounds: list[int] = []
-
-    def request(number: int) -> None:
-        turns.take()
-        begun.append(number)
-        until = time.perf_counter() + IN_TIME_S / 10  # as a request that reads keeps the loop busy
-        while time.perf_counter() < until:
-            pass
-
-    def others() -> None:
-        while len(begun) < 200:
-            rounds.append(len(begun))
-            gevent.sleep(0.0005)
-
-    every = [gevent.spawn(request, number) for number in range(200)] + [gevent.spawn(others)]
-    gevent.joinall(every, timeout=20, raise_error=True)
-    assert begun == list(range(200))
-    assert len(rounds) > 10, "what does not stand in line goes on meanwhile"
-    gevent.sleep(0.01)
-    assert not turns._calling
