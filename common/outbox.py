@@ -18,7 +18,6 @@ from common.link import BELL_WAIT_S, Link
 from common.records import Errand, Errands, WebhookSecrets, errand
 
 TRIES = 10
-LEASE_S = 30.0  # of a try, which has 10 s
 SECRET_OVERLAP_S = 24 * 3600.0  # the old secret goes on signing beside a new one
 
 TryOutcome = Literal["delivered", "failed", "again", "back"]
@@ -28,7 +27,7 @@ class Outbox(Link):
     """The part of the broker that couriers work with. All methods raise RedisUnavailable."""
 
     def take_deliveries(
-        self, courier: str, room: int, under_way: Mapping[str, int], *, most: int, lease_s: float = LEASE_S
+        self, courier: str, room: int, under_way: Mapping[str, int], *, most: int, lease_s: float
     ) -> Errands:
         """Take up to `room` deliveries, of the tenants in turn; none of a tenant has more than `most` under way.
 

@@ -39,7 +39,7 @@ def end(broker: Broker, status: str = "succeeded") -> None:
 
 
 def take(broker: Broker, courier: str = "c1", room: int = 10, most: int = 10, **options: float) -> list[Errand]:
-    return list(broker.take_deliveries(courier, room, {}, most=most, **options).taken)
+    return list(broker.take_deliveries(courier, room, {}, most=most, **{"lease_s": 30.0, **options}).taken)
 
 
 def deliveries(broker: Broker, task_id: str) -> list[Delivery]:
@@ -206,17 +206,17 @@ def test_tenants_take_turns_and_none_has_more_than_its_part(broker: Broker, subm
         for _ in range(count):
             submit(tenant=tenant, webhook=ENDED)
             end(broker)
-    first = broker.take_deliveries("c1", 5, {}, most=4)
+    first = broker.take_deliveries("c1", 5, {}, most=4, lease_s=30.0)
     assert sorted(errand.tenant for errand in first.taken) == ["few", "few", "many", "many", "one"]
     assert first.left
     held = {"many": 2, "few": 2, "one": 1}
-    second = broker.take_deliveries("c1", 20, held, most=4)
+    second = broker.take_deliveries("c1", 20, held, most=4, lease_s=30.0)
     assert sorted(errand.tenant for errand in second.taken) == ["few", "many", "many"]
-    third = broker.take_deliveries("c1", 20, {"many": 4, "few": 3, "one": 1}, most=4)
+    third = broker.take_deliveries("c1", 20, {"many": 4, "few": 3, "one": 1}, most=4, lease_s=30.0)
     assert third.taken == [] and third.left
     submit(tenant="newcomer", webhook=ENDED)
     end(broker)
-    fourth = broker.take_deliveries("c1", 20, {"many": 4}, most=4)
+    fourth = broker.take_deliveries("c1", 20, {"many": 4}, most=4, lease_s=30.0)
     assert [errand.tenant for errand in fourth.taken] == ["newcomer"]
 
 
