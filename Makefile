@@ -35,7 +35,7 @@ up: .venv/.runs ## the fleet, until Ctrl-C: MODEL=pico WORKERS=1
 test: .venv/.develops servers ## all tests, or some: TESTS="tests/unit -k client"
 	@if [ -n "$$TESTS" ]; then exec $(RUN) pytest $$TESTS; fi; \
 	$(RUN) pytest -n 2 --dist loadfile tests/unit tests/contract tests/test_architecture.py && \
-	$(RUN) pytest -n 2 --dist loadfile tests/integration && \
+	$(RUN) pytest -n 2 --dist loadfile tests/integration tests/browser tests/deploy && \
 	exec $(RUN) pytest -n 2 --dist loadfile tests/faults # which mostly waits
 
 check: .venv/.develops ## style, types, and who may import whom
@@ -76,7 +76,7 @@ clean: ## remove .venv, caches and builds; pictures (out) and data (.zfleet) sta
 
 .venv/.develops: pyproject.toml constraints.txt .venv/pyvenv.cfg
 	@echo "Installing zfleet and its development tools into .venv; the first time this takes some minutes."
-	@$(PIP_INSTALL) -e '.[gateway,worker,embedded,dev]'
+	@$(PIP_INSTALL) -e '.[gateway,worker,embedded,s3,tracing,dev]'
 	@touch .venv/.runs $@
 
 .venv/pyvenv.cfg:
@@ -94,7 +94,8 @@ clean: ## remove .venv, caches and builds; pictures (out) and data (.zfleet) sta
 	"$$python" -m venv .venv || { rm -rf .venv; exit 1; }
 
 servers: # the real servers that the tests talk to and other programs they run, each by its name/its package's name
-	@missing=; for server in nginx redis-server ip/iproute2 cc/gcc; do \
+	@missing=; for server in nginx redis-server ip/iproute2 cc/gcc chromium promtool/prometheus \
+	    docker-compose kubectl/kubernetes-client systemd-analyze/systemd; do \
 	    PATH="$$PATH:/usr/sbin:/sbin" command -v $${server%/*} >/dev/null || missing="$$missing $${server#*/}"; \
 	done; \
 	[ -n "$$missing" ] || exit 0; \

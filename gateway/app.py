@@ -11,7 +11,7 @@ from common.errors import ConfigurationError
 from common.problem import Problem
 from common.settings import Settings
 from common.storage import open_storage
-from gateway import admission, dialects, docs, images, inputs, metrics, ops, problems
+from gateway import admission, dashboard, dialects, docs, images, inputs, metrics, ops, problems
 from gateway.api import Api
 from gateway.described import SCHEMES
 from gateway.dialects.base import Gateway
@@ -72,6 +72,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     for name in settings.dialects:
         _register(app, registry.load(dialects, name).create(gateway))
     docs.install(app)
+    dashboard.install(app)
     return app
 
 

@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 
 from flask import Response
+from pydantic import Field
 
 from common.broker import Broker
 from common.cards import Health, ModelView, QueueDepth, WorkerCard
 from common.errors import Forbidden, NoWorker, RedisUnavailable, StorageFull
 from common.models import SIZE_MULTIPLE, Catalogue, ModelSpec
-from common.schemas import Wire
+from common.schemas import Priority, Wire
 from gateway import problems
 from gateway.admission import caller, open_to
 from gateway.api import NO_STORE, Api, json_answer
@@ -34,6 +35,15 @@ class Models(Wire):
     """GET /api/models."""
 
     models: Sequence[ModelView]
+
+
+class Me(Wire):
+    """GET /api/me: what the caller's key is good for."""
+
+    tenant: str
+    admin: bool
+    key_id: str | None = Field(description="Null on a fleet that wants no key.")
+    priority_max: Priority
 
 
 class Templates(Wire):
@@ -70,6 +80,13 @@ def _add_lists(api: Api, broker: Broker, catalogue: Catalogue) -> None:
     def workers() -> Response:
         """List the live workers as they last described themselves."""
         return json_answer(Workers(workers=broker.workers()), headers=NO_STORE)
+
+    @api.get("/api/me", responses={"200": Me})
+    def me() -> Response:
+        """Tell who is asking, and with what rights."""
+        who = caller()
+        found = Me(tenant=who.tenant, admin=who.admin, key_id=who.key_id or None, priority_max=who.priority_max)
+        return json_answer(found, headers=NO_STORE)
 
     @api.get("/api/models", responses={"200": Models, **away})
     def models() -> Response:

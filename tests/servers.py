@@ -20,7 +20,12 @@ import redis
 from common.settings import Settings, child_environment
 
 START_TIMEOUT_S = 30.0
-PACKAGES = {"ip": "iproute2", "cc": "gcc"}  # Debian's, where the package is not called like the program
+PACKAGES = {
+    "ip": "iproute2",
+    "cc": "gcc",
+    "promtool": "prometheus",
+    "kubectl": "kubernetes-client",
+}  # Debian's, where the package is not called like the program
 
 
 _given: set[int] = set()

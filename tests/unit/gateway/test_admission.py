@@ -166,11 +166,21 @@ def test_every_route_wants_a_key_but_the_public_ones(app: OpenAPI, broker: Broke
     new_key(broker)
     public = set()
     for rule in app.url_map.iter_rules():
-        path = str(rule).replace("<path:name>", "swagger-ui.css").replace("<", "").replace(">", "")
+        name = "app.css" if str(rule).startswith("/web/") else "swagger-ui.css"
+        path = str(rule).replace("<path:name>", name).replace("<", "").replace(">", "")
         for method in (rule.methods or set()) - {"OPTIONS"}:
             if client.open(path, method=method).status_code != 401:
                 public.add(str(rule))
-    assert public == {"/health", "/ready", "/openapi.json", "/docs", "/docs/start.js", "/docs/assets/<path:name>"}
+    assert public == {
+        "/health",
+        "/ready",
+        "/openapi.json",
+        "/docs",
+        "/docs/start.js",
+        "/docs/assets/<path:name>",
+        "/",
+        "/web/<path:name>",
+    }
 
 
 # Scopes

@@ -20,7 +20,11 @@ from tests.tenants import bearer, new_key
 from tests.unit.gateway.fake_worker import FakeWorker
 
 UNKNOWN = "0123456789abcdef" * 2
-NOBODYS = {"/docs/assets/<path:name>", "/v1/models/<model>"}  # rules with a part that names nothing of a tenant's
+NOBODYS = {
+    "/docs/assets/<path:name>",
+    "/web/<path:name>",
+    "/v1/models/<model>",
+}  # rules with a part that names nothing of a tenant's
 CALLS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
     "/api/status/<task_id>": [
         ("GET", "", {}),

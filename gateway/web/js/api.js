@@ -1,0 +1,98 @@
+// The way to the gateway: the reader's key on every call, problems as errors, streams that come back by themselves.
+
+const KEY = "zfleet.key";
+const AGAIN_MS = 2000;
+
+export const key = {
+  get: () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "",
+  /** Keep a key for this tab, or with `stay` until its reader signs out. */
+  set(value, stay) {
+    key.forget();
+    (stay ? localStorage : sessionStorage).setItem(KEY, value);
+  },
+  forget() {
+    sessionStorage.removeItem(KEY);
+    localStorage.removeItem(KEY);
+  },
+};
+
+/** A problem document (RFC 9457) that the gateway answered with; status 0 where none came. */
+export class Problem extends Error {
+  constructor(status, body) {
+    const fields = (body.errors ?? []).map((error) => `${error.loc.join(".")}: ${error.msg}`);
+    super(fields.length ? fields.join("; ") : body.detail ?? body.title ?? `HTTP ${status}`);
+    this.status = status;
+    this.code = body.code ?? "";
+  }
+}
+
+async function ask(path, options = {}) {
+  const headers = new Headers(options.headers);
+  if (key.get()) headers.set("Authorization", `Bearer ${key.get()}`);
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers, cache: options.cache ?? "no-cache" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, { detail: "The gateway does not answer." });
+  }
+  if (!answer.ok) throw new Problem(answer.status, await answer.json().catch(() => ({})));
+  return answer;
+}
+
+/** GET `path` (relative to the page) and return its JSON. */
+export async function get(path, signal) {
+  return (await ask(path, { signal })).json();
+}
+
+/** POST `body` as JSON and return the answer's JSON. */
+export async function post(path, body, headers = {}) {
+  const json = body === undefined ? {} : { body: JSON.stringify(body), headers: { "Content-Type": "application/json", ...headers } };
+  return (await ask(path, { method: "POST", ...json })).json();
+}
+
+/** Return a picture as a blob; an <img> could not send the key. What the answer lets be cached is. */
+export async function picture(path, signal) {
+  return (await ask(path, { signal, cache: "default" })).blob();
+}
+
+/** Follow a stream of server-sent events until `signal` aborts: it is opened again where it ends or breaks.
+ *  `on(event, data)`: return false to end it. Problems other than a gateway that is away are thrown. */
+export async function follow(path, on, signal) {
+  let last = "";
+  while (!signal.aborted) {
+    try {
+      const answer = await ask(path, { signal, headers: last ? { "Last-Event-ID": last } : {} });
+      for await (const event of events(answer.body)) {
+        if (event.id) last = event.id;
+        if (on(event.name, event.data) === false) return;
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof Problem && error.status > 0 && error.status < 500 && error.status !== 429) throw error;
+    }
+    await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+  }
+}
+
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    text += value;
+    const blocks = text.split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const event = { name: "message", id: "", data: "" };
+      for (const line of block.split("\n")) {
+        const [field, content] = [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 1).trimStart()];
+        if (field === "event") event.name = content;
+        else if (field === "id") event.id = content;
+        else if (field === "data") event.data += content;
+      }
+      if (event.data) yield { ...event, data: JSON.parse(event.data) };
+    }
+  }
+}

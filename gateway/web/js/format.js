@@ -1,0 +1,21 @@
+// Figures as people read them.
+
+export const seconds = (value) =>
+  value === null || value === undefined ? "–"
+    : value < 1 ? `${Math.round(value * 1000)} ms`
+      : value < 60 ? `${value.toFixed(1)} s`
+        : value < 3600 ? `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`
+          : value < 86_400 ? `${Math.floor(value / 3600)} h ${Math.round((value % 3600) / 60)} min`
+            : `${Math.floor(value / 86_400)} d ${Math.round((value % 86_400) / 3600)} h`;
+
+export const percent = (value) => (value === null || value === undefined ? "–" : `${(value * 100).toFixed(value < 0.1 ? 1 : 0)}%`);
+
+export const mib = (value) =>
+  value === null || value === undefined ? "–" : value < 1024 ? `${Math.round(value)} MiB` : `${(value / 1024).toFixed(1)} GiB`;
+
+export const number = (value, digits = 0) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+
+/** A moment of RFC 3339 in the reader's own time. */
+export const moment = (text) => (text ? new Date(text).toLocaleString() : "–");
+
+export const ago = (text) => (text ? `${seconds(Math.max(0, (Date.now() - new Date(text)) / 1000))} ago` : "–");

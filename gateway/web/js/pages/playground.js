@@ -1,0 +1,7 @@
+import { h } from "../dom.js";
+
+export const title = "Playground";
+
+export function show(main) {
+  main.append(h("h1", {}, title));
+}

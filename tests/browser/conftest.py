@@ -1,0 +1,122 @@
+"""A fleet with simulated workers, and pages of it in a real Chromium.
+
+A page fails its test for anything that the browser logs as an error, and for any request that leaves this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+
+from common.broker import Broker
+from common.settings import Settings
+from tests.fleet import ready_workers
+from tests.servers import GatewayServer, RedisServer, WorkerServer, binary
+from tests.tenants import new_key
+
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+QUIET = (
+    "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+MISSING_KEY = "status of 401"  # how a page learns that it has to ask for a key
+
+
+@dataclass
+class Fleet:
+    """Where it is, how to look behind it, and keys for it."""
+
+    url: str
+    broker: Broker
+    settings: Settings
+    admin: str
+    tenant: str
+
+
+@dataclass
+class Visit:
+    """One browser window at the dashboard, and what went wrong in it."""
+
+    page: Page
+    url: str
+    errors: list[str] = field(default_factory=list)
+
+    def sign_in(self, key: str) -> None:
+        """Open the dashboard and sign in."""
+        self.page.goto(self.url)
+        self.page.get_by_label("API key").fill(key)
+        self.page.get_by_role("button", name="Sign in").click()
+        self.page.get_by_role("navigation").get_by_role("link").first.wait_for()
+
+    def go(self, name: str) -> None:
+        """Open a page by its link in the menu."""
+        self.page.get_by_role("navigation").get_by_role("link", name=name).click()
+        self.page.get_by_role("heading", level=1).wait_for()
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A gateway and two simulated workers over a Redis, with an admin's key and a tenant's."""
+    folder = tmp_path_factory.mktemp("fleet")
+    with RedisServer(folder) as redis:
+        settings = Settings(
+            redis_url=redis.url, data_dir=folder / "data", models=("simulated",), devices="cpu", workers_per_device=2,
+            simulated_image_ms=300.0,
+        )  # fmt: skip
+        broker = Broker(settings)
+        admin, tenant = new_key(broker, "operators", admin=True), new_key(broker, "acme")
+        worker = WorkerServer(settings, folder / "worker.log")
+        with worker, GatewayServer(settings, folder / "gateway.log") as gateway:
+            ready_workers(broker, 2)
+            yield Fleet(gateway.url, broker, settings, admin, tenant)
+        broker.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The Chromium of this machine, headless."""
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=binary("chromium"), args=list(QUIET), chromium_sandbox=False
+        )
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, fleet: Fleet) -> Iterator[Callable[..., Visit]]:
+    """Open windows of a size of SIZES; at the end nothing may have gone wrong in any of them."""
+    visits: list[Visit] = []
+
+    def open_window(size: str = "desktop", **options: Any) -> Visit:
+        width, height = SIZES[size]
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, is_mobile=size == "phone", has_touch=size == "phone", **options
+        )
+        visits.append(Visit(context.new_page(), fleet.url))
+        _watch(visits[-1])
+        return visits[-1]
+
+    yield open_window
+    for one in visits:
+        one.page.context.close()
+        assert one.errors == []
+
+
+def _watch(visit: Visit) -> None:
+    def heard(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning") and MISSING_KEY not in message.text:
+            visit.errors.append(f"{message.text} ({message.location.get('url')})")
+
+    def asked(request: Request) -> None:
+        if request.url.split(":")[0] not in ("data", "blob") and urlsplit(request.url).hostname != "127.0.0.1":
+            visit.errors.append(f"a request left this machine: {request.url}")
+
+    visit.page.on("console", heard)
+    visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
+    visit.page.on("request", asked)
