@@ -18,6 +18,7 @@ PREFIX = "ZFLEET_"
 SECRET = "api_key"  # the one setting that is one
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,64}=[^=]+")
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
 _ADDRESS = re.compile(r"https?://[^\s/?#]+[^\s?#]*")
 
 Names = Annotated[tuple[str, ...], NoDecode]
@@ -50,6 +51,10 @@ class Settings(BaseSettings):
         (), description="names=models for clients of other services, as gpt-image-2=turbo; for dialects but `native`"
     )
     storage: str = Field("local", description="a module of common/storage")
+    s3_url: str = Field("", description="for ZFLEET_STORAGE=s3: the bucket, and a folder in it, as s3://bucket/folder")
+    s3_endpoint: str = Field("", description="the S3 server's address, as https://s3.example; unset: AWS's")
+    s3_public_endpoint: str = Field("", description="that address as clients reach it, where it is another one")
+    s3_region: str = Field("", description="unset: as the AWS tools would find it")
     x_accel: str = Field(
         "", description="Nginx's internal location for results, as /_results/; unset: the gateway sends"
     )
@@ -128,7 +133,14 @@ class Settings(BaseSettings):
             raise ValueError("must be name=model, as gpt-image-2=turbo; names of 1 to 64 of A-Z a-z 0-9 . _ : -")
         return aliases
 
-    @field_validator("public_url")
+    @field_validator("s3_url")
+    @classmethod
+    def _is_a_bucket(cls, url: str) -> str:
+        if url and not _BUCKET.fullmatch(url):
+            raise ValueError("must be a bucket and a folder in it, as s3://bucket/folder")
+        return url.rstrip("/")
+
+    @field_validator("public_url", "s3_endpoint", "s3_public_endpoint")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
         if url and not _ADDRESS.fullmatch(url):

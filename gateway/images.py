@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from datetime import UTC, datetime
+from typing import Literal
 from urllib.parse import quote
 
 from flask import Response, send_file
@@ -66,13 +67,17 @@ class Images:
         """Return the picture's bytes; raises StorageError."""
         return self._storage.read(image.key)
 
-    def send(self, record: TaskRecord, image: ImageRef) -> Response:
-        """Return the answer that brings the picture to the client; raises TaskExpired when it is no longer stored."""
-        if link := self._storage.link(image.key, LINK_S):
+    def send(self, record: TaskRecord, image: ImageRef, *, redirect: bool = True) -> Response:
+        """Return the answer that brings the picture to the client; raises TaskExpired when it is no longer stored.
+
+        Without `redirect` it comes by way of this host even from a storage that could send it.
+        """
+        link = self._storage.link(image.key, LINK_S) if redirect else None
+        if link:
             return Response(status=302, headers={"Location": link, **NO_STORE})
         mimetype = f"image/{image.format}"
         cached = {"Cache-Control": f"private, max-age={_seconds_left(record)}, immutable"}
-        if self._x_accel:
+        if self._x_accel and self._storage.path(image.key):
             target = self._x_accel.rstrip("/") + "/" + quote(image.key)
             return Response(status=200, headers={"X-Accel-Redirect": target, **cached}, mimetype=mimetype)
         answer = self._from_here(image, mimetype)
@@ -81,10 +86,10 @@ class Images:
 
     def _from_here(self, image: ImageRef, mimetype: str) -> Response:
         path = self._storage.path(image.key)
-        if path is not None and not path.is_file():
+        if not (path.is_file() if path else self._storage.exists(image.key)):
             self._storage.check()
             raise TaskExpired("the picture is not in storage any more")
-        source = io.BytesIO(self._storage.read(image.key)) if path is None else path
+        source = path or io.BytesIO(self._storage.read(image.key))
         return send_file(source, mimetype=mimetype, etag=image.sha256, conditional=True)
 
 
@@ -92,6 +97,7 @@ class LinkQuery(Query):
     """What a link has that works without an API key."""
 
     expires: str = Field("", description="Seconds since 1970.")
+    via: Literal["gateway"] | None = Field(None, description="Sent from here, with no redirect to the storage.")
     signature: str | None = Field(None, description="Of the path and `expires`; such a link is good, or nobody's.")
 
 
@@ -120,7 +126,7 @@ def create(tasks: Tasks, images: Images, links: Links, doorkeeper: Doorkeeper) -
             record = tasks.find(path.task_id, BEARER)
         else:
             raise UnknownTask(NO_SUCH_TASK)
-        answer = images.send(record, images.find(record, path.name))
+        answer = images.send(record, images.find(record, path.name), redirect=query.via is None)
         if query.signature is not None:
             answer.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # it is there to be shown on other pages
         return answer
