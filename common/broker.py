@@ -1,5 +1,5 @@
 """The task's life on Redis: submit, claim, beat, progress, finish, release, cancel and reap. Views are FleetView's,
-API keys are Keyring's, rates RateLimits', and what webhooks are told is Outbox's.
+API keys are Keyring's, operators' orders Operating's, rates RateLimits', and what webhooks are told is Outbox's.
 
 Every transition is one Lua script of `lua/`: atomic, and safe to send twice. All methods raise RedisUnavailable when
 Redis stays away longer than the broker's patience.
@@ -24,6 +24,7 @@ from common.errors import RedisUnavailable
 from common.fleetview import FleetView
 from common.keyring import Keyring
 from common.link import BELL_WAIT_S
+from common.operating import Operating
 from common.outbox import Outbox
 from common.ratelimit import RateLimits
 from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed, refusal, seconds
@@ -37,7 +38,7 @@ RECONCILE_GRACE_S = 5.0
 LONGEST_BOUND_S = 1e9  # a script cannot read infinity
 
 
-class Broker(FleetView, Keyring, RateLimits, Outbox):
+class Broker(FleetView, Keyring, Operating, RateLimits, Outbox):
     """One process's way to Redis. Safe to share between threads and greenlets."""
 
     # The gateway's side
@@ -65,6 +66,7 @@ class Broker(FleetView, Keyring, RateLimits, Outbox):
             "idempotency": idempotency,
             "body_hash": task.body_hash,
             "webhook": ",".join(request.webhook.events) if request.webhook else "",
+            "retry_of": task.retry_of,
         }
         job = json.dumps(["zfleet.task", None, [task.task_id], {}])
         bounds = {

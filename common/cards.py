@@ -55,6 +55,7 @@ class WorkerCard(Stored):
     )
     counters: Mapping[str, float] = Field(default_factory=dict, description="What it has counted since it started.")
     capacity: int = Field(description="Runs it can advance together.")
+    drained: bool = Field(default=False, description="An operator has it claim nothing.")
     running: Sequence[str] = Field(description="Ids of the tasks it holds.")
     images_done: int
     rss_mb: int
@@ -93,3 +94,8 @@ class Health(Wire):
     pending_tasks: int
     models_loaded: Sequence[str]
     workers: int
+
+
+def slot_of(worker: str) -> str:
+    """Return the place that a worker has, and its successors after it: its name without the part that is its own."""
+    return worker.rpartition(".")[0] or worker

@@ -174,6 +174,12 @@ class RedisUnavailable(FleetError):
     retryable = True
 
 
+class UnknownWorker(FleetError):
+    """Raised when no live worker has this name."""
+
+    code = "unknown_worker"
+
+
 class NoWorker(FleetError):
     """Raised when no worker is alive, so that a task would wait for one to be started."""
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from common import keys
 from common.cards import QueueDepth, WorkerCard
 from common.connection import messages
+from common.fleet import Run
 from common.limits import Limits, by_model
 from common.link import Link
-from common.records import EtaErrors, Event, eta_errors, queue_depth, seconds, task_record, task_summary, worker_card
+from common.records import (
+    RUN,
+    SUMMARY,
+    EtaErrors,
+    Event,
+    eta_errors,
+    queue_depth,
+    running,
+    seconds,
+    task_record,
+    task_summary,
+    worker_card,
+)
 from common.schemas import TaskRecord, TaskStatus, TaskSummary
 
 LIMITS_TTL_S = 2.0  # how long it is taken as known what the workers can do
@@ -40,27 +53,47 @@ class FleetView(Link):
         return found
 
     def tasks(
-        self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
+        self,
+        tenant: str,
+        *,
+        status: TaskStatus | None,
+        model: str | None = None,
+        limit: int,
+        before: tuple[int, str] | None,
     ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
         """Return a tenant's tasks (EVERYBODY: all), newest first, and where the next page begins (None at the end).
 
         `before` is such a place, from an earlier page. A page may be short while there are more: a rare state is not
         searched for without end in one call.
         """
-        found: list[TaskSummary] = []
+        found: list[str] = []
         chunk = max(limit, 50)
         for _ in range(PAGE_READS):
             rows = self._tasks_before(tenant, before, chunk)
-            for task_id, score, fields in rows:
+            for task_id, score, (its_status, its_model) in rows:
                 before = (score, task_id)
-                if fields[0] is None or (status and fields[0] != status):
+                if its_status is None or (status and its_status != status) or (model and its_model != model):
                     continue
-                found.append(task_summary(task_id, fields))
+                found.append(task_id)
                 if len(found) == limit:
-                    return found, before
+                    return self._summaries(found), before
             if len(rows) < chunk:
-                return found, None
-        return found, before
+                return self._summaries(found), None
+        return self._summaries(found), before
+
+    def _summaries(self, task_ids: Sequence[str]) -> list[TaskSummary]:
+        rows = zip(task_ids, self._fields_of(task_ids, SUMMARY), strict=True)
+        return [task_summary(task_id, fields) for task_id, fields in rows if fields[0] is not None]
+
+    def _fields_of(self, task_ids: Sequence[str], names: Sequence[str]) -> list[list[str | None]]:
+        def read() -> list[list[str | None]]:
+            pipeline = self._redis.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipeline.hmget(keys.TASK + task_id, *names)
+            found: list[list[str | None]] = pipeline.execute()
+            return found
+
+        return self._patiently(read) if task_ids else []
 
     def _tasks_before(
         self, tenant: str, before: tuple[int, str] | None, count: int
@@ -77,7 +110,7 @@ class FleetView(Link):
             ids = self._redis.zrevrangebyscore(key, highest, "-inf", start=offset, num=count, withscores=True)
             pipeline = self._redis.pipeline(transaction=False)
             for task_id, _ in ids:
-                pipeline.hmget(keys.TASK + task_id, "status", "model", "created_at", "finished_at", "tenant")
+                pipeline.hmget(keys.TASK + task_id, "status", "model")
             return [(i, int(score), fields) for (i, score), fields in zip(ids, pipeline.execute(), strict=True)]
 
         return self._patiently(read)
@@ -113,13 +146,21 @@ class FleetView(Link):
             names = sorted(self._redis.zrange(keys.WORKERS, 0, -1))
             if not names:
                 return []
-            cards = self._redis.mget([keys.CARD + name for name in names])
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.mget([keys.CARD + name for name in names])
+            pipeline.smembers(keys.DRAINED)
+            cards, drained = pipeline.execute()
             gone = [name for name, card in zip(names, cards, strict=True) if card is None]
             if gone:
                 self._redis.zrem(keys.WORKERS, *gone)
-            return [card for text in cards if text is not None and (card := worker_card(text))]
+            return [card for text in cards if text is not None and (card := worker_card(text, drained))]
 
         return self._patiently(read)
+
+    def runs(self, task_ids: Sequence[str]) -> dict[str, Run]:
+        """Return how far these tasks are, by id; those that run no more are left out."""
+        rows = zip(task_ids, self._fields_of(task_ids, RUN), strict=True)
+        return {task_id: run for task_id, fields in rows if (run := running(task_id, fields))}
 
     def limits(self, model: str) -> Limits:
         """Return what the live workers can do with this model, as of the last two seconds."""

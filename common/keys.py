@@ -1,5 +1,5 @@
 """Every Redis key, channel, queue name and time-to-live, each with its one writer. Only broker.py and its own parts
-(link, fleetview, keyring, ratelimit, outbox) import this.
+(link, fleetview, keyring, operating, ratelimit, outbox) import this.
 
 `rq:` keys are RQ's own formats, so that its tools show and steer this fleet; `zf:` keys are ours.
 """
@@ -43,6 +43,8 @@ REAP_GRACE = "zf:reaped:grace"  # there while no lease counts as run out    reap
 RECONCILED = "zf:reconciled"  # there while the last reconciliation is fresh     reconcile
 WORKERS = "zf:workers"  # zset worker name -> last beat, ms      beat
 CARD = "zf:card:"  # + worker: how it describes itself, JSON     beat
+DRAINED = "zf:drained"  # set of workers' slots that claim nothing    operating; claim obeys
+RESTART = "zf:restart:"  # + worker: there while it is asked to make room for a fresh one    operating; beat tells it
 PROBE = "zf:probe"  # proves that Redis takes writes        ready
 DELIVERIES = "zf:deliveries"  # zset of ids of webhooks' deliveries that are not settled -> when to look at them, ms:
 #   +inf in its queue, else its next try or the end of its lease    announce (_shared), deliver_take, deliver_settle
@@ -66,7 +68,7 @@ RQ_WORKER = "rq:worker:"  # + worker: hash           RQ's registration; claim, f
 RQ_WORKERS = "rq:workers"  # set of worker keys       RQ's registration; reap removes the dead
 RQ_WORKERS_OF = "rq:workers:"  # + queue: likewise
 WEBHOOK_QUEUE = "webhooks."  # + tenant: the queue of its webhooks' deliveries
-RQ_SUSPENDED = "rq:suspended"  # set by `rq suspend`; claim obeys
+RQ_SUSPENDED = "rq:suspended"  # set by `rq suspend` and operating; claim obeys
 
 # Times to live
 CARD_BEATS = 5  # a card outlives its worker by this many beats

@@ -29,7 +29,7 @@ def by_model(cards: Iterable[WorkerCard]) -> dict[str, Limits]:
 def _limits(model: str, workers: list[WorkerCard]) -> Limits:
     pixels = [card.max_pixels[model] for card in workers if model in card.max_pixels]
     loras = [card.loras for card in workers if card.loras is not None]
-    taking = [card.capacity for card in workers if card.state != "draining"]
+    taking = [card.capacity for card in workers if card.state != "draining" and not card.drained]
     return Limits(
         capacity=sum(taking),
         max_pixels=max(pixels) if len(pixels) == len(workers) else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from common.cards import QueueDepth, WorkerCard
+from common.cards import QueueDepth, WorkerCard, slot_of
 from common.errors import FleetError, IdempotencyConflict, QueueFull, QuotaUsedUp, TooLate
+from common.fleet import Run
 from common.inputs import steps_done
 from common.schemas import (
     PRIORITIES,
@@ -46,6 +47,7 @@ class NewTask:
     request_id: str = ""
     idempotency_key: str = ""
     body_hash: str = ""
+    retry_of: str = ""  # the task that this one does over
 
     @property
     def cost(self) -> float:
@@ -79,8 +81,8 @@ class Claimed:
 
 
 class Claim(NamedTuple):
-    """The answer to a claim; `suspended` while an operator has paused the fleet with `rq suspend`. `left` names the
-    models whose bell it rang for other workers: who waits there next hears its own ring.
+    """The answer to a claim; `suspended` while an operator has paused the fleet, or drained the worker. `left` names
+    the models whose bell it rang for other workers: who waits there next hears its own ring.
     """
 
     tasks: Sequence[Claimed]
@@ -224,6 +226,7 @@ def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: fl
         status=TaskStatus(fields["status"]),
         request=ResolvedRequest.model_validate_json(fields["request"]),
         request_id=fields["request_id"],
+        retry_of=fields.get("retry_of"),
         step=int(fields["step"]),
         preview=fields.get("preview"),
         position=position,
@@ -242,13 +245,24 @@ def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: fl
     )
 
 
+SUMMARY = ("status", "model", "created_at", "finished_at", "tenant", "request", "n", "images", "retry_of")
+PROMPT_CHARS = 120  # of a prompt, in a list
+
+
 def task_summary(task_id: str, fields: Sequence[str | None]) -> TaskSummary:
-    status, model, created_at, finished_at, tenant = fields
+    """Return a line of a list of tasks from the SUMMARY of a record."""
+    status, model, created_at, finished_at, tenant, request, n, images, retry_of = fields
+    pictures = len(json.loads(images or "[]"))
     return TaskSummary(
         task_id=task_id,
         tenant=tenant or "",
         status=TaskStatus(status or ""),
         model=model or "",
+        prompt=str(json.loads(request or "{}").get("prompt", ""))[:PROMPT_CHARS],
+        n=int(n or 1),
+        images=pictures,
+        thumbnail_url=f"/api/tasks/{task_id}/thumbnail" if pictures else None,
+        retry_of=retry_of,
         created_at=datetime.fromtimestamp(int(created_at or 0) / 1000, UTC),
         finished_at=when(finished_at),
     )
@@ -269,12 +283,35 @@ def queue_depth(name: str, queued: int, running: int, created_at: str | None, no
     )
 
 
-def worker_card(text: str) -> WorkerCard | None:
-    """Return a worker's card, or None where another version of zfleet wrote one that this version cannot read."""
+def worker_card(text: str, drained: Collection[str] = ()) -> WorkerCard | None:
+    """Return a worker's card, or None where another version of zfleet wrote one that this version cannot read.
+
+    `drained` are the slots that claim nothing.
+    """
     try:
-        return WorkerCard.model_validate_json(text)
+        card = WorkerCard.model_validate_json(text)
     except ValidationError:
         return None
+    return card.model_copy(update={"drained": slot_of(card.name) in drained})
+
+
+RUN = ("status", "tenant", "model", "step", "steps", "started_at")
+
+
+def running(task_id: str, fields: Sequence[str | None]) -> Run | None:
+    """Return a task that runs from the RUN of its record; None for any other."""
+    status, tenant, model, step, steps, started_at = fields
+    began = when(started_at)
+    if status != TaskStatus.RUNNING or began is None:
+        return None
+    return Run(
+        task_id=task_id,
+        tenant=tenant or "",
+        model=model or "",
+        step=int(step or 0),
+        steps=int(steps or 0),
+        started_at=began,
+    )
 
 
 def refusal(reply: Sequence[Any], task: NewTask, queue: str) -> FleetError | None:

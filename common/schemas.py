@@ -239,6 +239,7 @@ class TaskRecord(Wire):
     status: TaskStatus
     request: ResolvedRequest
     request_id: str = ""
+    retry_of: str | None = None  # the task that this one does over
     step: int = 0
     preview: str | None = None  # base64 of a WebP file
     position: int | None = None
@@ -301,6 +302,7 @@ class TaskView(Wire):
     timings: Timings
     request: ResolvedRequest
     webhook: WebhookView | None = Field(default=None, description="Null for a task without one.")
+    retry_of: str | None = Field(default=None, description="The task that this one does over.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -337,6 +339,11 @@ class TaskSummary(Wire):
     tenant: str
     status: TaskStatus
     model: str
+    prompt: str = Field(default="", description="Its beginning.")
+    n: int = Field(default=1, description="Pictures that were asked for.")
+    images: int = Field(default=0, description="Pictures that there are.")
+    thumbnail_url: str | None = Field(default=None, description="A small picture of the first; null without any.")
+    retry_of: str | None = Field(default=None, description="The task that this one does over.")
     created_at: datetime
     finished_at: datetime | None
 

@@ -18,7 +18,7 @@ from flask import Flask, Response, after_this_request, current_app, request
 
 from common.apikeys import OPEN_TENANT, ApiKey, Token, proves
 from common.broker import Broker
-from common.errors import Forbidden, RateLimited, Unauthenticated
+from common.errors import Forbidden, RateLimited, RedisUnavailable, Unauthenticated
 from common.listening import beyond_loopback, is_loopback
 from common.records import Tally
 from common.schemas import Priority
@@ -115,6 +115,20 @@ class Doorkeeper:
         if found.key is None:
             self._visitors.check(request.environ)
         return found
+
+    def witness(self, environ: WSGIEnvironment) -> Callable[[], bool]:
+        """Return what tells, for as long as a request's answer lasts, whether it may still see the whole fleet."""
+        text, local = shown(environ), is_local(environ)
+
+        def may_see() -> bool:
+            try:
+                return self.admit(text, local=local).admin
+            except Unauthenticated:
+                return False
+            except RedisUnavailable:  # nothing says that it may not
+                return True
+
+        return may_see
 
     def recall(self, environ: WSGIEnvironment) -> Caller | None:
         """Return who sent a request if that is known at this moment without asking Redis, else None."""

@@ -11,7 +11,7 @@ from common.errors import ConfigurationError
 from common.problem import Problem
 from common.settings import Settings
 from common.storage import open_storage
-from gateway import admission, dashboard, dialects, docs, images, inputs, metrics, ops, problems
+from gateway import admission, dashboard, dialects, docs, fleet, images, inputs, metrics, operate, ops, problems
 from gateway.api import Api
 from gateway.described import SCHEMES
 from gateway.dialects.base import Gateway
@@ -26,6 +26,7 @@ from gateway.webhooks.targets import Targets
 
 VERSION = "1.0"  # of the API, not of the program
 TASKS = "zfleet.tasks"  # where a server that stops finds what to close, in app.extensions
+WATCH = "zfleet.watch"  # and the same
 
 
 def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
@@ -61,10 +62,14 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
         catalogue=catalogue,
         aliases=settings.aliases(),
     )
-    app.extensions[TASKS] = gateway.tasks
+    overview = fleet.Overview(broker, fleet.health_of(broker, catalogue, disk))
+    watch = fleet.Watch(overview)
+    app.extensions |= {TASKS: gateway.tasks, WATCH: watch}
     polls = Polls(app.wsgi_app, doorkeeper, gateway.tasks.hub)
     app.wsgi_app = RequestLog(polls)  # type: ignore[method-assign]  # Flask's own way of wrapping
     _register(app, ops.create(broker, catalogue, disk))
+    _register(app, fleet.create(overview, watch, doorkeeper))
+    _register(app, operate.create(broker, overview, watch))
     _register(app, metrics.create(broker))
     _register(app, images.create(gateway.tasks, gateway.images, gateway.links, doorkeeper))
     _register(app, inputs.create(pictures))
@@ -79,7 +84,9 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
 def close(app: OpenAPI) -> None:
     """Answer everybody who waits with what is known now. For a server that stops."""
     tasks: Tasks = app.extensions[TASKS]
+    watch: fleet.Watch = app.extensions[WATCH]
     tasks.close()
+    watch.close()
 
 
 def _register(app: OpenAPI, api: Api) -> None:

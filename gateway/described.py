@@ -17,6 +17,11 @@ SCHEMES: SecuritySchemesDict = {  # the ways to show a key; a fleet for which no
     "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "zfk_<id>_<secret>"},
     "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "id": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}  # of a stream, as OpenAPI describes one: as its fields
 
 
 def whole(view: Callable[..., Any], options: dict[str, Any], documented: Documented) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from common.errors import (
     UnknownLora,
     UnknownModel,
     UnknownTask,
+    UnknownWorker,
     UnsupportedMediaType,
 )
 from common.problem import Problem, ProblemField
@@ -70,6 +71,7 @@ KINDS: Mapping[str, Kind] = {
     UnsupportedMediaType.code: Kind(415, "Unsupported media type"),
     UnknownTask.code: Kind(404, "Unknown task"),
     UnknownImage.code: Kind(404, "Unknown image"),
+    UnknownWorker.code: Kind(404, "Unknown worker"),
     TaskExpired.code: Kind(410, "Task expired"),
     TaskFailed.code: Kind(503, "Task failed"),
     DeadlineExceeded.code: Kind(422, "Deadline exceeded"),

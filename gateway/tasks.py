@@ -243,10 +243,16 @@ class Tasks:
         return self._hub.closed
 
     def page(
-        self, tenant: str, *, status: TaskStatus | None, limit: int, before: tuple[int, str] | None
+        self,
+        tenant: str,
+        *,
+        status: TaskStatus | None,
+        model: str | None,
+        limit: int,
+        before: tuple[int, str] | None,
     ) -> tuple[list[TaskSummary], tuple[int, str] | None]:
         """Return a tenant's tasks (EVERYBODY: all), newest first, and where the next page begins (None at the end)."""
-        return self._broker.tasks(tenant, status=status, limit=limit, before=before)
+        return self._broker.tasks(tenant, status=status, model=model, limit=limit, before=before)
 
     def close(self) -> None:
         """Let everybody who waits be answered now. For a process that stops."""

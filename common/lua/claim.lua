@@ -56,6 +56,14 @@ if last then
   end
 end
 if redis.call('EXISTS', K.RQ_SUSPENDED) == 1 then return {'suspended', {}} end
+if redis.call('SISMEMBER', K.DRAINED, string.match(worker, '^(.+)%.[^.]*$') or worker) == 1 then
+  for _, model in ipairs(models) do -- it may have heard a bell that was rung for another
+    for _, priority in ipairs(PRIORITIES) do
+      if redis.call('EXISTS', K.READY .. model .. '.' .. priority) == 1 then ring(model) end
+    end
+  end
+  return {'suspended', {}}
+end
 if redis.call('EXISTS', K.DEAD .. worker) == 1 then return {'ok', {}} end -- sent before it died, and heard after its burial
 
 local function take(id, queue, api_key)

@@ -52,6 +52,7 @@ from common.schemas import (
 from gateway import admission, problems, requestlog
 from gateway.api import NO_STORE, Api, Query, TaskPath, json_answer
 from gateway.bodies import FilePart, Form
+from gateway.described import EVENT
 from gateway.dialects.base import Gateway, SubmitHeader
 from gateway.images import Images
 from gateway.places import Place, mark
@@ -63,12 +64,6 @@ RENDERED_MAX = 64  # tasks whose JSON is kept for the others who follow them
 ETA_GRAINS = 4  # to an octave: estimates that differ by less than a fifth are alike to an ETag
 
 UNCHANGED = {"description": "Nothing has changed since the answer whose ETag came back as If-None-Match."}
-
-EVENT = {
-    "type": "object",
-    "properties": {"event": {"type": "string"}, "id": {"type": "string"}, "data": {"type": "string"}},
-    "required": ["event", "data"],
-}  # of a stream, as OpenAPI describes one: as its fields
 
 _PLACE = re.compile(r"([0-9]{1,16}):([A-Za-z0-9_-]{1,64})")
 _NO_STAGES = StageTimings()
@@ -102,6 +97,7 @@ class ListQuery(Query):
     """Parameters of a list of tasks."""
 
     status: TaskStatus | None = Field(None, description="Only tasks in this state.")
+    model: str | None = Field(None, max_length=32, description="Only tasks of this model.")
     limit: int = Field(50, ge=1, le=PAGE_MAX)
     cursor: str | None = Field(None, description="`next_cursor` of the page before.")
     tenant: Annotated[str, AfterValidator(_whose)] | None = Field(
@@ -184,7 +180,9 @@ def _add_list(api: Api, gateway: Gateway) -> None:
         tenant = query.tenant or caller.tenant
         if not caller.may_see(tenant):
             raise Forbidden("the tasks of other tenants are for keys with the admin scope; leave `tenant` out")
-        found, then = gateway.tasks.page(tenant, status=query.status, limit=query.limit, before=before)
+        found, then = gateway.tasks.page(
+            tenant, status=query.status, model=query.model, limit=query.limit, before=before
+        )
         return json_answer(TaskPage(tasks=found, next_cursor=then and render_cursor(then)), headers=NO_STORE)
 
 
@@ -242,6 +240,7 @@ def render(record: TaskRecord) -> TaskView:
         warnings=record.warnings,
         timings=timings,
         request=record.request,
+        retry_of=record.retry_of,
         webhook=WebhookView(url=webhook.url, deliveries=record.deliveries) if webhook else None,
         created_at=record.created_at,
         started_at=record.started_at,

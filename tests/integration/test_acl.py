@@ -225,7 +225,7 @@ NOT_BY_WORKERS = (
     "HSET zf:secrets a b", "HSET zf:idem:a id b", "SUBSCRIBE __keyspace@0__:x",
 )  # fmt: skip
 NOT_BY_GATEWAYS = (
-    "HSET zf:key:a key x", "DEL zf:keys", "SADD zf:keys a", "HSET zf:shares a 9", "SET zf:claim:a x", "DEL zf:task:a",
+    "HSET zf:key:a key x", "DEL zf:keys", "SADD zf:keys a", "HSET zf:shares a 9", "SET zf:claim:a x", "DEL zf:dead:a",
 )  # fmt: skip
 
 

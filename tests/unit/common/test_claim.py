@@ -323,3 +323,20 @@ def test_a_lower_priority_that_is_served_has_no_turn_to_claim(broker: Broker, su
         submit(priority="high", model="pico")
     queues = [task.queue for task in broker.claim("w1", "cpu", ["pico"], 12).tasks]
     assert queues == ["pico.high.default"] * 10 + ["pico.low.default"] + ["pico.high.default"]
+
+
+def test_a_drained_slot_claims_nothing_and_leaves_the_bell_to_others(broker: Broker, submit: SubmitFn) -> None:
+    broker.drain("host.gpu0.abc")
+    task_id = submit()
+    broker.wait(["simulated"])  # as one that was waiting when it was drained
+    for name in ("host.gpu0.abc", "host.gpu0.def"):
+        claim = broker.claim(name, "gpu", ["simulated"], 1)
+        assert (claim.tasks, claim.suspended) == ([], True)
+    assert broker.wait(["simulated"], 0.1), "rung again"
+    (other,) = broker.claim("host.gpu1.abc", "gpu", ["simulated"], 1).tasks
+    assert other.task_id == task_id
+    assert not broker.claim("host.gpu0.abc", "gpu", ["simulated"], 1).tasks
+    assert not broker.wait(["simulated"], 0.1), "for nothing that waits"
+    broker.undrain("host.gpu0.def")
+    submit()
+    assert broker.claim("host.gpu0.abc", "gpu", ["simulated"], 1).tasks

@@ -366,7 +366,16 @@ def test_a_limited_submit_is_refused_before_its_body_is_read(client: FlaskClient
     assert answer.status_code == 429
 
 
-NOT_SUBMITS = {"/api/cancel/<task_id>", "/api/images", "/api/webhooks/secret/rotate"}
+NOT_SUBMITS = {
+    "/api/cancel/<task_id>",
+    "/api/images",
+    "/api/webhooks/secret/rotate",
+    "/api/fleet/pause",
+    "/api/fleet/resume",
+    "/api/workers/<name>/drain",
+    "/api/workers/<name>/resume",
+    "/api/workers/<name>/restart",
+}
 
 
 def test_every_route_that_makes_tasks_counts(app: OpenAPI) -> None:

@@ -340,3 +340,27 @@ def test_a_stream_says_when_to_come_back_and_not_to_all_the_same() -> None:
 
 def test_silence_is_a_comment() -> None:
     assert list(native.render_events(iter([None])))[1:] == [": still here\n\n"]
+
+
+def test_a_list_says_what_was_asked_for_and_what_came_of_it(client: FlaskClient, worker: FakeWorker) -> None:
+    prompt = "a red circle, " * 20
+    client.post("/api/submit", json={"prompt": prompt, "n": 3})
+    done = worker.work()
+    client.post("/api/submit", json={"prompt": "短", "model": "pico"})
+    waits, succeeded = client.get("/api/tasks").get_json()["tasks"]
+    assert succeeded == succeeded | {
+        "task_id": done, "model": "simulated", "prompt": prompt[:120], "n": 3, "images": 3, "retry_of": None,
+        "thumbnail_url": f"/api/tasks/{done}/thumbnail",
+    }  # fmt: skip
+    assert waits == waits | {"model": "pico", "prompt": "短", "n": 1, "images": 0, "thumbnail_url": None}
+
+
+def test_a_list_of_one_model(client: FlaskClient) -> None:
+    ids = [
+        client.post("/api/submit", json={"prompt": "x", "model": model}).get_json()["task_id"]
+        for model in ("pico", "simulated", "pico")
+    ]
+    first = client.get("/api/tasks?model=pico&limit=1").get_json()
+    rest = client.get(f"/api/tasks?model=pico&cursor={first['next_cursor']}").get_json()
+    assert [task["task_id"] for task in first["tasks"] + rest["tasks"]] == [ids[2], ids[0]]
+    assert client.get("/api/tasks?model=other").get_json() == {"tasks": [], "next_cursor": None}

@@ -24,6 +24,9 @@ NOBODYS = {
     "/docs/assets/<path:name>",
     "/web/<path:name>",
     "/v1/models/<model>",
+    "/api/workers/<name>/drain",
+    "/api/workers/<name>/resume",
+    "/api/workers/<name>/restart",
 }  # rules with a part that names nothing of a tenant's
 CALLS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
     "/api/status/<task_id>": [

@@ -1,0 +1,82 @@
+"""The fleet in one picture, as GET /api/fleet shows it: what waits, who works on what, how it went of late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from pydantic import Field
+
+from common.cards import Health, QueueDepth, WorkerCard
+from common.schemas import PRIORITIES, Priority, Wire
+
+RECENT_S = 900  # that `recent` looks back over
+
+
+class LineDepth(Wire):
+    """What waits and runs of a model at one priority, of all tenants together."""
+
+    model: str
+    priority: Priority
+    queued: int
+    running: int
+    oldest_age_seconds: float | None = Field(description="Of the task that waits longest; null: none waits.")
+
+
+class Run(Wire):
+    """A task that a worker holds."""
+
+    task_id: str
+    tenant: str
+    model: str
+    step: int
+    steps: int
+    started_at: datetime
+
+
+class WorkerView(WorkerCard):
+    """A worker as it last described itself, and what it is at."""
+
+    runs: Sequence[Run] = Field(description="The tasks it holds, which `running` names.")
+
+
+class Recent(Wire):
+    """How it went in the last minutes; a figure that nobody knows is null."""
+
+    window_seconds: int = RECENT_S
+    tasks_per_minute: float | None = Field(default=None, description="That ended, whichever way.")
+    images_per_minute: float | None = None
+    error_ratio: float | None = Field(default=None, description="Failed, of those that succeeded or failed.")
+    p50_seconds: float | None = Field(default=None, description="From submit to picture: half were as fast.")
+    p95_seconds: float | None = None
+
+
+class Fleet(Wire):
+    """GET /api/fleet, and the data of each event of its stream."""
+
+    at: datetime
+    health: Health
+    suspended: bool = Field(description="Whether claims are paused; submits are accepted.")
+    queues: Sequence[LineDepth]
+    workers: Sequence[WorkerView]
+    recent: Recent
+
+
+def lines(queues: Iterable[QueueDepth]) -> list[LineDepth]:
+    """Return the queues summed over their tenants, by model and priority."""
+    found: dict[tuple[str, Priority], list[QueueDepth]] = {}
+    for queue in queues:
+        found.setdefault((queue.model, queue.priority), []).append(queue)
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], PRIORITIES.index(item[0][1])))
+    return [_line(model, priority, members) for (model, priority), members in ordered]
+
+
+def _line(model: str, priority: Priority, queues: Sequence[QueueDepth]) -> LineDepth:
+    ages = [queue.oldest_age_seconds for queue in queues if queue.oldest_age_seconds is not None]
+    return LineDepth(
+        model=model,
+        priority=priority,
+        queued=sum(queue.queued for queue in queues),
+        running=sum(queue.running for queue in queues),
+        oldest_age_seconds=max(ages, default=None),
+    )
