@@ -2,6 +2,7 @@
 
 const KEY = "zfleet.key";
 const AGAIN_MS = 2000;
+const SILENCE_MS = 45_000; // a stream says something every 15 s; one that does not hangs
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "",
@@ -56,31 +57,44 @@ export async function picture(path, signal) {
   return (await ask(path, { signal, cache: "default" })).blob();
 }
 
-/** Follow a stream of server-sent events until `signal` aborts: it is opened again where it ends or breaks.
- *  `on(event, data)`: return false to end it. Problems other than a gateway that is away are thrown. */
-export async function follow(path, on, signal) {
+/** Follow a stream of server-sent events until `signal` aborts: it is opened again where it ends, breaks or hangs.
+ *  `on(event, data)`: return false to end it. `tell(true)` is called whenever something was heard, if only that the
+ *  stream is alive, and `tell(false)` when it broke. Problems other than a gateway that is away are thrown. */
+export async function follow(path, on, signal, tell = () => {}) {
   let last = "";
   while (!signal.aborted) {
+    const silence = new AbortController();
+    let patience;
+    const heard = () => {
+      clearTimeout(patience);
+      patience = setTimeout(() => silence.abort(), SILENCE_MS);
+      tell(true);
+    };
     try {
-      const answer = await ask(path, { signal, headers: last ? { "Last-Event-ID": last } : {} });
-      for await (const event of events(answer.body)) {
+      const headers = last ? { "Last-Event-ID": last } : {};
+      const answer = await ask(path, { signal: AbortSignal.any([signal, silence.signal]), headers });
+      for await (const event of events(answer.body, heard)) {
         if (event.id) last = event.id;
         if (on(event.name, event.data) === false) return;
       }
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof Problem && error.status > 0 && error.status < 500 && error.status !== 429) throw error;
+    } finally {
+      clearTimeout(patience);
     }
+    tell(false);
     await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
   }
 }
 
-async function* events(body) {
+async function* events(body, heard) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
+    heard();
     text += value;
     const blocks = text.split("\n\n");
     text = blocks.pop();

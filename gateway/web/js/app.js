@@ -9,6 +9,7 @@ import * as playground from "./pages/playground.js";
 import * as signin from "./pages/signin.js";
 import * as task from "./pages/task.js";
 import * as tasks from "./pages/tasks.js";
+import { themeButton } from "./theme.js";
 
 const MENU = { fleet, tasks, playground, operate };
 const FOR_ADMINS = ["fleet", "operate"];
@@ -49,7 +50,7 @@ function drawBar(current) {
     begin();
   };
   const who = account ? [h("span", {}, account.tenant), key.get() ? h("button", { type: "button", onclick: signOut }, "Sign out") : null] : [];
-  document.getElementById("account").replaceChildren(...who.filter(Boolean));
+  document.getElementById("account").replaceChildren(themeButton(), ...who.filter(Boolean));
 }
 
 function tell(error) {

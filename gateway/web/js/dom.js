@@ -23,6 +23,29 @@ export function s(tag, props = {}, ...children) {
   return element;
 }
 
+/** Set an element's text if it is another: what stays as it was is not drawn, nor read out, again. */
+export function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** Give `parent` one child for each item, in their order. A child stays the same element for as long as its item has
+ *  the same key, so that focus, scroll and open details last: `make(item)` returns a new one, `update(child, item)`
+ *  writes the item into it. */
+export function keyed(parent, items, keyOf, make, update) {
+  const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  let place = parent.firstElementChild;
+  for (const item of items) {
+    const name = String(keyOf(item));
+    const child = known.get(name) ?? make(item);
+    known.delete(name);
+    child.dataset.key = name;
+    update(child, item);
+    if (child === place) place = place.nextElementSibling;
+    else parent.insertBefore(child, place);
+  }
+  for (const child of known.values()) child.remove();
+}
+
 /** Tell the reader something, out loud for a screen reader. */
 export function notice(text, kind = "") {
   const line = h("div", { class: `notice ${kind}` }, text);
