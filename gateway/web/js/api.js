@@ -46,6 +46,15 @@ export async function get(path, signal) {
   return (await ask(path, { signal })).json();
 }
 
+/** Return GET /health's JSON, which also comes with a 503; without a gateway, one that says so. */
+export async function health(signal) {
+  try {
+    return await (await fetch("health", { signal, cache: "no-store" })).json();
+  } catch {
+    return { status: "unhealthy", reasons: ["The gateway does not answer."], workers: 0, models_loaded: [] };
+  }
+}
+
 /** POST `body` as JSON and return the answer's JSON. */
 export async function post(path, body, headers = {}) {
   const json = body === undefined ? {} : { body: JSON.stringify(body), headers: { "Content-Type": "application/json", ...headers } };

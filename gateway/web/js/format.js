@@ -8,6 +8,9 @@ export const seconds = (value) =>
           : value < 86_400 ? `${Math.floor(value / 3600)} h ${Math.round((value % 3600) / 60)} min`
             : `${Math.floor(value / 86_400)} d ${Math.round((value % 86_400) / 3600)} h`;
 
+/** Whole seconds, and what is more in its own units. */
+export const whole = (value) => (value < 60 ? `${Math.round(value)} s` : seconds(value).replace(/ 0 (s|min|h)$/, ""));
+
 export const percent = (value) => (value === null || value === undefined ? "–" : `${(value * 100).toFixed(value < 0.1 ? 1 : 0)}%`);
 
 export const mib = (value) =>

@@ -1,7 +1,24 @@
+// What operators do to the fleet: pause it, drain or restart a worker, see to failed tasks, give out keys.
+
 import { h } from "../dom.js";
+import { freshness } from "../fleet/verdict.js";
+import { watch } from "../live.js";
+import { claims } from "../operate/claims.js";
+import { failed } from "../operate/failed.js";
+import { keys } from "../operate/keys.js";
+import { workers } from "../operate/workers.js";
 
 export const title = "Operate";
 
-export function show(main) {
-  main.append(h("h1", {}, title));
+export async function show(main, account, signal) {
+  const fresh = freshness(signal);
+  const [pausing, machines, failures, ring] = [claims(), workers(), failed(signal), keys(account, signal)];
+  main.append(
+    h("div", { class: "row spread" }, h("h1", {}, title), fresh.element),
+    h("div", { class: "stack" }, pausing.element, machines.element, failures.element, ring.element));
+  const on = (fleet) => {
+    pausing.show(fleet);
+    machines.show(fleet);
+  };
+  await Promise.all([watch(on, fresh.told, signal), failures.fill(), ring.load()]);
 }

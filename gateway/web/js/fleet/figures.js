@@ -1,0 +1,62 @@
+// The present figures as tiles, and what waits by model and priority.
+
+import { h, keyed, say } from "../dom.js";
+import { number, percent, seconds, whole } from "../format.js";
+
+const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);
+const rate = (value) => number(value, value >= 10 ? 0 : 1);
+
+/** The oldest age among queues; null where nothing waits. */
+export function oldest(queues) {
+  const ages = queues.map((queue) => queue.oldest_age_seconds).filter((age) => age !== null);
+  return ages.length ? Math.max(...ages) : null;
+}
+
+const TILES = [
+  ["Queued", "now", (fleet) => number(sum(fleet.queues, "queued"))],
+  ["Running", "now", (fleet) => number(sum(fleet.queues, "running"))],
+  ["Oldest wait", "now", (fleet) => seconds(oldest(fleet.queues))],
+  ["Tasks", "a minute", (fleet) => rate(fleet.recent.tasks_per_minute)],
+  ["Images", "a minute", (fleet) => rate(fleet.recent.images_per_minute)],
+  ["Time to image", "p50", (fleet) => seconds(fleet.recent.p50_seconds)],
+  ["Time to image", "p95", (fleet) => seconds(fleet.recent.p95_seconds)],
+  ["Errors", "of tasks", (fleet) => percent(fleet.recent.error_ratio)],
+];
+
+/** Tiles of the figures of now: `show(fleet)`. */
+export function tiles() {
+  const values = TILES.map(() => h("dd", { class: "number" }, "–"));
+  const span = h("p", { class: "faint small" });
+  const element = h("section", { "aria-label": "Now" },
+    h("dl", { class: "tiles" }, TILES.map(([name, unit], index) =>
+      h("div", { class: "card tile" }, h("dt", {}, name, " ", h("small", {}, unit)), values[index]))), span);
+  const show = (fleet) => {
+    TILES.forEach(([, , of], index) => say(values[index], of(fleet)));
+    say(span, `Rates, times and errors are of the last ${whole(fleet.recent.window_seconds)}.`);
+  };
+  return { element, show };
+}
+
+const order = { high: 0, normal: 1, low: 2 };
+const COLUMNS = ["Model", "Priority", "Queued", "Running", "Oldest wait"];
+
+/** The table of what waits: `show(fleet)`. */
+export function queues() {
+  const rows = h("tbody");
+  const none = h("p", { class: "faint" }, "Nothing waits, and nothing runs.");
+  const table = h("table", {}, h("thead", {}, h("tr", {}, COLUMNS.map((name, index) =>
+    h("th", { scope: "col", class: index > 1 ? "number" : null }, name)))), rows);
+  const element = h("section", { class: "card", "aria-labelledby": "queues" }, h("h2", { id: "queues" }, "Queues"), table, none);
+  const show = (fleet) => {
+    const found = [...fleet.queues].sort((a, b) => a.model.localeCompare(b.model) || order[a.priority] - order[b.priority]);
+    table.hidden = !found.length;
+    none.hidden = found.length > 0;
+    keyed(rows, found, (queue) => `${queue.model}.${queue.priority}`, row, (element, queue) => {
+      const texts = [queue.model, queue.priority, number(queue.queued), number(queue.running), seconds(queue.oldest_age_seconds)];
+      texts.forEach((text, index) => say(element.children[index], text));
+    });
+  };
+  return { element, show };
+}
+
+const row = () => h("tr", {}, h("th", { scope: "row" }), h("td"), ...Array.from({ length: 3 }, () => h("td", { class: "number" })));

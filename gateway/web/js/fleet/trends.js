@@ -1,0 +1,64 @@
+// The charts of the last quarter of an hour, six hours, or seven days.
+
+import { get } from "../api.js";
+import { Chart } from "../chart.js";
+import { h, say } from "../dom.js";
+import { repeat } from "../live.js";
+import { counts, memory, rates, ratios, times } from "../scales.js";
+
+const KEPT = "zfleet.window";
+const WINDOWS = {
+  "15m": [900, "15 min", "15 minutes"],
+  "6h": [6 * 3600, "6 h", "6 hours"],
+  "7d": [7 * 86_400, "7 d", "7 days"],
+};
+const LEAST_S = 3;
+const MOST_S = 60;
+
+const perMinute = (name) => (point, history) => (point[name] === null ? null : (point[name] * 60) / history.step_seconds);
+const line = (name, of) => ({ name, of: of ?? ((point) => point[name]) });
+const CHARTS = [
+  { title: "Throughput", scale: rates, series: [line("tasks", perMinute("succeeded")), line("images", perMinute("images"))] },
+  { title: "Time to image", scale: times, series: [line("p50", (point) => point.p50_seconds), line("p95", (point) => point.p95_seconds)] },
+  { title: "Error rate", scale: ratios(false), series: [line("error_ratio")] },
+  { title: "Workers", scale: counts, series: [line("workers")] },
+  { title: "Queue depth", scale: counts, series: [line("queued"), line("running")] },
+  { title: "Oldest wait", scale: times, series: [line("oldest_age_seconds")] },
+  { title: "GPU utilisation", scale: ratios(true), series: [line("utilisation", (point) => share(point.gpu_utilisation_percent))] },
+  { title: "GPU memory", scale: memory, series: [line("gpu_memory_used_mb")] },
+];
+
+const share = (value) => (value === null ? null : value / 100);
+
+/** The charts and the choice of their window; they are drawn anew as the gateway's history grows, until `signal` aborts. */
+export function trends(signal) {
+  let window = WINDOWS[localStorage.getItem(KEPT)] ? localStorage.getItem(KEPT) : "15m";
+  let step = MOST_S;
+  const charts = CHARTS.map((about) => new Chart(about));
+  const wrong = h("p", { class: "bad small", role: "status" });
+  const load = async () => {
+    const asked = window;
+    try {
+      const history = await get(`api/history?window=${asked}`, signal);
+      if (asked !== window) return;
+      step = history.step_seconds;
+      const [seconds, , words] = WINDOWS[asked];
+      charts.forEach((chart) => chart.draw(history, seconds, words));
+      say(wrong, "");
+    } catch (error) {
+      if (!signal.aborted) say(wrong, `The history cannot be read: ${error.message}`);
+    }
+  };
+  const choice = (name) => h("label", {}, h("input", {
+    type: "radio", name: "window", value: name, checked: name === window, onchange: () => {
+      window = name;
+      localStorage.setItem(KEPT, name);
+      load();
+    } }), h("span", {}, WINDOWS[name][1]));
+  const element = h("section", { "aria-labelledby": "trends" },
+    h("div", { class: "row spread" }, h("h2", { id: "trends" }, "Trends"),
+      h("fieldset", { class: "choice" }, h("legend", { class: "visually-hidden" }, "Over"), Object.keys(WINDOWS).map(choice))),
+    wrong, h("div", { class: "charts" }, charts.map((chart) => chart.element)));
+  const follow = () => repeat(load, () => Math.min(MOST_S, Math.max(LEAST_S, step / 2)), signal);
+  return { element, follow };
+}

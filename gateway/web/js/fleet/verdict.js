@@ -1,0 +1,62 @@
+// Whether all is well, in one line, and why not; and how old what is shown is.
+
+import { h, keyed, say } from "../dom.js";
+import { whole } from "../format.js";
+
+const WORDS = {
+  healthy: ["good", "✓", "Healthy"],
+  degraded: ["warn", "!", "Degraded"],
+  unhealthy: ["bad", "✕", "Unhealthy"],
+  unknown: ["faint", "…", "Looking"],
+};
+const LATE_S = 20; // the stream says every 15 s that it lives
+
+/** The line at the top: `show(health, suspended)`. It is read out when it changes, and only then. */
+export function verdict() {
+  const mark = h("span", { class: "mark", "aria-hidden": "true" });
+  const word = h("strong");
+  const about = h("span", { class: "faint" });
+  const reasons = h("ul", { class: "reasons" });
+  const element = h("section", { class: "card verdict", role: "status", "aria-label": "Verdict" },
+    mark, h("div", {}, h("p", {}, word, " ", about), reasons));
+  const show = (health, suspended = false) => {
+    const [tone, sign, name] = WORDS[health?.status] ?? WORDS.unknown;
+    const paused = suspended && tone === "good";
+    element.className = `card verdict ${paused ? "warn" : tone}`;
+    say(mark, paused ? "‖" : sign);
+    say(word, paused ? "Paused" : name);
+    say(about, health ? served(health) : "");
+    const why = [...(suspended ? ["The fleet is paused: tasks are accepted, none is begun."] : []), ...(health?.reasons ?? [])];
+    keyed(reasons, why, (text) => text, (text) => h("li", {}, text), () => {});
+  };
+  show(null);
+  return { element, show };
+}
+
+function served({ workers, models_loaded: models }) {
+  if (!workers) return "";
+  return `${workers} ${workers === 1 ? "worker" : "workers"}${models.length ? `, with ${models.join(", ")} in memory` : ""}`;
+}
+
+/** Whether the page is live, and the age of what it shows. `told(connected)` as follow() does: as long as the stream lives,
+ *  what it said last is how things are. */
+export function freshness(signal) {
+  const words = h("span", { role: "status" }, "connecting");
+  const age = h("span", { class: "number" });
+  const element = h("p", { class: "fresh faint" }, h("i", { class: "lamp", "aria-hidden": "true" }), words, age);
+  let [heard, connected] = [null, null];
+  const draw = () => {
+    const old = heard === null ? 0 : Math.floor((Date.now() - heard) / 1000);
+    element.className = `fresh ${connected === false ? "bad" : connected === null || old > LATE_S ? "warn" : "faint"}`;
+    if (connected !== null) say(words, connected ? "live" : "connection lost, trying again");
+    say(age, heard === null ? "" : old < 2 ? ", now" : `, ${whole(old)} old`);
+  };
+  const clock = setInterval(draw, 1000);
+  signal.addEventListener("abort", () => clearInterval(clock));
+  const told = (state) => {
+    connected = state;
+    if (connected) heard = Date.now();
+    draw();
+  };
+  return { element, told, live: () => connected === true };
+}
