@@ -20,10 +20,10 @@ export const key = {
 /** A problem document (RFC 9457) that the gateway answered with; status 0 where none came. */
 export class Problem extends Error {
   constructor(status, body) {
-    const fields = (body.errors ?? []).map((error) => `${error.loc.join(".")}: ${error.msg}`);
-    super(fields.length ? fields.join("; ") : body.detail ?? body.title ?? `HTTP ${status}`);
+    super(body.detail ?? body.title ?? `HTTP ${status}`);
     this.status = status;
     this.code = body.code ?? "";
+    this.errors = body.errors ?? []; // {loc, msg} of each refused field
   }
 }
 

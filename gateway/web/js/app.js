@@ -28,7 +28,8 @@ async function route() {
   leaving.abort();
   leaving = new AbortController();
   const { signal } = leaving;
-  const parts = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  const [path] = location.hash.replace(/^#\/?/, "").split("?"); // behind it a page's own parameters, see address.js
+  const parts = path.split("/").map(decodeURIComponent);
   const [name, page, rest] = pageOf(parts);
   drawBar(name);
   document.title = `${page.title} · zfleet`;

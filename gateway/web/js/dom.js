@@ -32,18 +32,18 @@ export function say(element, text) {
  *  the same key, so that focus, scroll and open details last: `make(item)` returns a new one, `update(child, item)`
  *  writes the item into it. */
 export function keyed(parent, items, keyOf, make, update) {
+  const names = new Set(items.map((item) => String(keyOf(item))));
+  for (const child of [...parent.children]) if (!names.has(child.dataset.key)) child.remove(); // first, so that none moves
   const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   let place = parent.firstElementChild;
   for (const item of items) {
     const name = String(keyOf(item));
     const child = known.get(name) ?? make(item);
-    known.delete(name);
     child.dataset.key = name;
     update(child, item);
     if (child === place) place = place.nextElementSibling;
     else parent.insertBefore(child, place);
   }
-  for (const child of known.values()) child.remove();
 }
 
 /** Tell the reader something, out loud for a screen reader. */

@@ -21,4 +21,10 @@ export const number = (value, digits = 0) => (value === null || value === undefi
 /** A moment of RFC 3339 in the reader's own time. */
 export const moment = (text) => (text ? new Date(text).toLocaleString() : "–");
 
-export const ago = (text) => (text ? `${seconds(Math.max(0, (Date.now() - new Date(text)) / 1000))} ago` : "–");
+/** How long ago a moment of RFC 3339 was, in one unit. */
+export function ago(text) {
+  if (!text) return "–";
+  const age = (Date.now() - new Date(text)) / 1000;
+  const [unit, name] = [[86_400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([least]) => age >= least) ?? [0, ""];
+  return unit ? `${Math.floor(age / unit)} ${name} ago` : "just now";
+}

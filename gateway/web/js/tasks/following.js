@@ -1,0 +1,36 @@
+// One task as it goes on: its stream of events, and while it waits its place in line, which no event tells.
+
+import { follow, get } from "../api.js";
+
+const PLACE_MS = 2000;
+const ENDS = ["succeeded", "failed", "canceled", "expired"];
+
+/** Call `on(task)` with the task's status now and whenever it has changed, the last time with its end, and return that.
+ *  `task.progress.preview` is the last one there was. Throws the Problem of a task that is not there. */
+export async function followTask(id, on, signal) {
+  let task = await get(`api/status/${id}`, signal);
+  on(task);
+  if (ENDS.includes(task.status)) return task;
+  const tell = (change) => {
+    const preview = change.progress?.preview ?? task.progress.preview;
+    task = { ...task, ...change };
+    task.progress = { ...task.progress, preview };
+    on(task);
+  };
+  const timer = setInterval(async () => {
+    if (task.status !== "queued" || document.hidden) return;
+    const { status, position, eta_seconds } = await get(`api/status/${id}`, signal);
+    if (status === "queued" && task.status === "queued") tell({ position, eta_seconds });
+  }, PLACE_MS);
+  const hear = (event, data) => {
+    if (event === "progress") tell({ progress: data });
+    else tell(data);
+    return !ENDS.includes(event);
+  };
+  try {
+    await follow(`api/tasks/${id}/events`, hear, signal);
+  } finally {
+    clearInterval(timer);
+  }
+  return task;
+}
