@@ -34,6 +34,11 @@ class Settings(BaseSettings):
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss://, unix:// or redis+sentinel://")
     redis_timeout_s: float = Field(1.0, gt=0, description="one Redis command may take this long")
     redis_patience_s: float = Field(2.5, gt=0, description="the gateway answers 503 after trying this long")
+    redis_replicas: int | None = Field(
+        None, ge=0, description="/health misses fewer; unset: 1 through Sentinel, else none is missed"
+    )
+    redis_lag_s: float = Field(10.0, gt=0, description="/health is degraded while a replica is silent for longer")
+    redis_lag_mb: float = Field(16.0, gt=0, description="/health is degraded while a replica is further behind, in MiB")
     url: str = Field("http://127.0.0.1:8080", description="where the CLI and the Python client find the gateway")
     host: str = Field("127.0.0.1", description="the gateway listens here")
     port: int = Field(8080, ge=0, le=65535)
@@ -172,6 +177,13 @@ class Settings(BaseSettings):
     def results_dir(self) -> Path:
         """Where local storage keeps pictures."""
         return self.data_dir / "results"
+
+    @property
+    def expected_replicas(self) -> int:
+        """How many replicas Redis should have."""
+        if self.redis_replicas is not None:
+            return self.redis_replicas
+        return int("+sentinel://" in self.redis_url)
 
     def catalogue(self) -> Catalogue:
         """Return the models this process serves; raises ConfigurationError for one nobody defined."""

@@ -11,7 +11,7 @@ from common.errors import ConfigurationError
 from common.problem import Problem
 from common.settings import Settings
 from common.storage import open_storage
-from gateway import admission, dashboard, dialects, docs, fleet, images, inputs, metrics, operate, ops, problems
+from gateway import admission, dashboard, dialects, docs, fleet, health, images, inputs, metrics, operate, ops, problems
 from gateway.api import Api
 from gateway.described import SCHEMES
 from gateway.dialects.base import Gateway
@@ -62,12 +62,14 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
         catalogue=catalogue,
         aliases=settings.aliases(),
     )
-    overview = fleet.Overview(broker, fleet.health_of(broker, catalogue, disk))
+    checkup = health.Checkup(broker, catalogue, disk, settings)
+    overview = fleet.Overview(broker, checkup.look)
     watch = fleet.Watch(overview)
     app.extensions |= {TASKS: gateway.tasks, WATCH: watch}
     polls = Polls(app.wsgi_app, doorkeeper, gateway.tasks.hub)
     app.wsgi_app = RequestLog(polls)  # type: ignore[method-assign]  # Flask's own way of wrapping
-    _register(app, ops.create(broker, catalogue, disk))
+    _register(app, ops.create(broker, catalogue))
+    _register(app, health.create(checkup))
     _register(app, fleet.create(overview, watch, doorkeeper))
     _register(app, operate.create(broker, overview, watch))
     _register(app, metrics.create(broker))

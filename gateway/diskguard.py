@@ -24,6 +24,7 @@ class DiskGuard:
         self._next_look = 0.0  # on time.monotonic's clock
         self._measured = True
         self._reason = ""
+        self._warning = ""
 
     def check(self) -> None:
         """Raise StorageFull while new tasks are paused."""
@@ -32,26 +33,35 @@ class DiskGuard:
 
     def reason(self) -> str:
         """Return why new tasks are paused, as of the last second, or nothing while they are not."""
+        self._refresh()
+        return self._reason
+
+    def reasons(self) -> list[str]:
+        """Return why the disk needs looking after: new tasks are paused, or soon will be."""
+        self._refresh()
+        return [reason for reason in (self._reason, self._warning) if reason]
+
+    def _refresh(self) -> None:
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_EVERY_S
             self._look()
-        return self._reason
 
     def _look(self) -> None:
         percent = self._used_percent()
         was_paused = bool(self._reason)
-        if percent is None or percent < (self._resume_percent if was_paused else self._pause_percent):
-            self._reason = ""
-            if was_paused:
-                log.info("storage_resumed", used_percent=percent)
-            return
-        self._reason = (
-            f"the disk for results is {percent:g}% full; new tasks are accepted again below {self._resume_percent:g}%: "
-            "free space in ZFLEET_DATA_DIR or lower ZFLEET_RETENTION_DAYS"
-        )
-        if not was_paused:
+        near = percent is not None and percent >= self._resume_percent
+        paused = percent is not None and percent >= (self._resume_percent if was_paused else self._pause_percent)
+        full = f"the disk for results is {percent:g}% full; " if near else ""
+        remedy = "free space in ZFLEET_DATA_DIR or lower ZFLEET_RETENTION_DAYS"
+        again = f"new tasks are accepted again below {self._resume_percent:g}%: {remedy}"
+        soon = f"new tasks are refused from {self._pause_percent:g}% on: {remedy}"
+        self._reason = full + again if paused else ""
+        self._warning = full + soon if near and not paused else ""
+        if paused and not was_paused:
             log.error("storage_full", used_percent=percent)
+        elif was_paused and not paused:
+            log.info("storage_resumed", used_percent=percent)
 
     def _used_percent(self) -> float | None:
         measured = True

@@ -16,12 +16,10 @@ from common.broker import Broker
 from common.cards import Health, WorkerCard
 from common.errors import RedisUnavailable
 from common.fleet import Fleet, Recent, WorkerView, lines
-from common.models import Catalogue
-from gateway import ops, problems
+from gateway import problems
 from gateway.admission import Doorkeeper, open_to
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.described import EVENT
-from gateway.diskguard import DiskGuard
 
 LOOK_EVERY_S = 1.0
 MOST_OF_A_CORE = 0.03  # that looking takes: a fleet of very many queues is looked at less often
@@ -204,9 +202,3 @@ def _timeless(fleet: Fleet) -> Fleet:
     """Return the fleet without what changes though nothing happens."""
     health = fleet.health.model_copy(update={"uptime_seconds": 0.0})
     return fleet.model_copy(update={"at": None, "health": health})
-
-
-def health_of(broker: Broker, catalogue: Catalogue, disk: DiskGuard) -> Callable[[], Health]:
-    """Return what tells the fleet's health, and for how long this process has been up."""
-    began = time.monotonic()
-    return lambda: ops.look(broker, catalogue, disk, time.monotonic() - began)

@@ -17,6 +17,7 @@ from common.settings import granted_gpus
 T = TypeVar("T")
 
 MIB = 1024 * 1024
+SILENT_S = 30.0  # a reading is good for so long; a driver that stumbles once is no news
 CPU = "cpu"
 _GONE = (
     pynvml.NVML_ERROR_GPU_IS_LOST,
@@ -72,18 +73,19 @@ class Watch:
 
     def __init__(self, indices: Iterable[int], *, every_s: float) -> None:
         self._every_s = every_s
-        self._readings: dict[int, GpuReading | None] = dict.fromkeys(indices)
-        self._missed = dict.fromkeys(self._readings, 0)
+        self._readings: dict[int, tuple[float, GpuReading]] = {}  # each with when it was had, by time.monotonic
+        self._missed = dict.fromkeys(indices, 0)
 
     def start(self) -> Self:
         """Ask from now on, where there is anything to ask about."""
-        if self._readings:
+        if self._missed:
             threading.Thread(target=self._run, name="nvml", daemon=True).start()
         return self
 
     def reading(self, index: int) -> GpuReading | None:
-        """Return the state of a GPU, or None while the driver has not told."""
-        return self._readings.get(index)
+        """Return the state of a GPU, or None while the driver has not told for half a minute, as one that hangs."""
+        had = self._readings.get(index)
+        return had[1] if had and time.monotonic() - had[0] < SILENT_S else None
 
     def is_lost(self, index: int) -> bool:
         """Whether a GPU was gone the last two times, as once may be a driver that stumbles."""
@@ -91,8 +93,9 @@ class Watch:
 
     def look(self) -> None:
         """Ask once."""
-        for index in self._readings:
-            self._readings[index] = read(index)
+        for index in self._missed:
+            if (reading := read(index)) is not None:
+                self._readings[index] = (time.monotonic(), reading)
             self._missed[index] = self._missed[index] + 1 if lost(index) else 0
 
     def _run(self) -> None:

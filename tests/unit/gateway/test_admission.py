@@ -174,6 +174,7 @@ def test_every_route_wants_a_key_but_the_public_ones(app: OpenAPI, broker: Broke
     assert public == {
         "/health",
         "/ready",
+        "/live",
         "/openapi.json",
         "/docs",
         "/docs/start.js",

@@ -75,6 +75,21 @@ def test_it_pauses_at_one_mark_and_resumes_below_another(filled: Callable[[float
     assert "90.1% full" in filled(90.1) and "below 85%" in filled(90.1)
 
 
+def test_it_warns_between_the_marks(storage: Disk, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diskguard, "LOOK_EVERY_S", 0.0)
+    guard = DiskGuard(storage, settings)
+    told = []
+    for percent in (84.9, 85, 89.9, 90, 86, 84.9):
+        storage.share = percent / 100
+        told.append(" ".join(guard.reasons()))
+        assert bool(guard.reason()) == ("accepted again" in told[-1])
+    assert [text.partition("; ")[2][:25] for text in told] == [
+        "", "new tasks are refused fro", "new tasks are refused fro", "new tasks are accepted ag",
+        "new tasks are accepted ag", "",
+    ]  # fmt: skip
+    assert told[1].startswith("the disk for results is 85% full; new tasks are refused from 90% on: free space")
+
+
 def test_the_marks_are_settings(storage: Disk, settings: Settings) -> None:
     marks = {"disk_pause_percent": 50.0, "disk_resume_percent": 40.0}
     storage.share = 0.5
@@ -142,8 +157,13 @@ def test_health_and_readiness_say_so(client: FlaskClient, storage: Disk, worker:
     assert "93% full" in found.reasons[0]
     refused = client.get("/ready")
     assert (refused.status_code, refused.get_json(force=True)["code"]) == (503, "storage_full")
+    storage.share = 0.87
+    assert client.get("/ready").status_code == 503, "not below the lower mark yet"
     storage.share = 0.5
     assert Health.model_validate_json(client.get("/health").data).status == "healthy"
+    storage.share = 0.87
+    found = Health.model_validate_json(client.get("/health").data)
+    assert (found.status, client.get("/ready").status_code) == ("degraded", 200), "near full, and still accepting"
     assert client.get("/ready").status_code == 200
 
 

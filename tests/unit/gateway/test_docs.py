@@ -54,7 +54,7 @@ def test_every_call_has_a_summary_an_answer_and_problems(description: dict[str, 
             assert any(status.startswith("2") for status in call["responses"])
 
 
-PUBLIC = {"/health", "/ready"}
+PUBLIC = {"/health", "/ready", "/live"}
 LINKED = {"/view/{task_id}/{name}"}  # a signed link does for a key
 OPERATORS = {
     "/api/workers",

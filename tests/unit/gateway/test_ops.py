@@ -4,11 +4,9 @@ import pytest
 from flask.testing import FlaskClient
 
 from common.broker import Broker
-from common.cards import GpuReading, Health, ModelView, QueueDepth, WorkerCard
-from common.settings import Settings, load_settings
-from gateway import ops
+from common.cards import ModelView, QueueDepth, WorkerCard
+from common.settings import load_settings
 from gateway.app import create_app
-from gateway.diskguard import DiskGuard
 from tests.servers import free_port
 from tests.unit.gateway.fake_worker import FakeWorker
 
@@ -49,76 +47,6 @@ def test_models_with_their_limits_and_workers(client: FlaskClient, worker: FakeW
 
 def test_no_templates_yet(client: FlaskClient) -> None:
     assert client.get("/api/templates").get_json() == {"templates": []}
-
-
-def test_health_without_a_worker_is_degraded(client: FlaskClient) -> None:
-    client.post("/api/submit", json={"prompt": "x"})
-    answer = client.get("/health")
-    found = Health.model_validate_json(answer.data)
-    assert (answer.status_code, found.status, found.reasons) == (200, "degraded", ["no worker is alive"])
-    assert (found.pending_tasks, found.workers) == (1, 0)
-    assert found.uptime_seconds >= 0
-
-
-def test_health_with_a_worker(client: FlaskClient, broker: Broker, worker: FakeWorker) -> None:
-    worker.beat()
-    FakeWorker(broker, name="w2").beat(gpu=GpuReading(name="H200", index=1, memory_used_mb=500), models_loaded=["pico"])
-    FakeWorker(broker, name="w3").beat(gpu=None)
-    found = Health.model_validate_json(client.get("/health").data)
-    assert (found.status, found.reasons, found.workers) == ("healthy", [], 3)
-    assert found.gpu_memory_used_mb == 1500
-    assert found.models_loaded == ["pico", "simulated"]
-
-
-def test_a_lost_gpu_degrades_the_fleet_and_is_no_worker(
-    client: FlaskClient, broker: Broker, worker: FakeWorker
-) -> None:
-    lost = FakeWorker(broker, name="host.gpu1.lost")
-    lost.beat(state="lost", device="cuda:1", gpu=None, models=[], capacity=0)
-    found = Health.model_validate_json(client.get("/health").data)
-    assert (found.status, found.workers) == ("degraded", 0)
-    assert found.reasons == ["GPUs lost: 1; see /api/workers", "no worker is alive"]
-    assert client.get("/ready").status_code == 503
-    worker.beat()
-    found = Health.model_validate_json(client.get("/health").data)
-    assert (found.status, found.workers, len(found.reasons)) == ("degraded", 1, 1)
-    assert client.get("/ready").status_code == 200
-
-
-def test_a_model_that_no_worker_serves_is_told(client: FlaskClient, worker: FakeWorker) -> None:
-    worker.beat(models=["simulated"])
-    found = Health.model_validate_json(client.get("/health").data)
-    assert (found.status, found.reasons) == ("degraded", ["no worker serves pico; tasks for it wait"])
-
-
-def test_a_worker_that_only_loads_makes_no_fleet_ready(client: FlaskClient, worker: FakeWorker) -> None:
-    worker.beat(state="loading", models_loaded=[])
-    assert client.get("/ready").status_code == 503
-
-
-def test_a_gpu_that_two_workers_share_counts_once(
-    broker: Broker, worker: FakeWorker, disk: DiskGuard, settings: Settings
-) -> None:
-    worker.beat()
-    FakeWorker(broker, name="w2").beat()
-    assert ops.look(broker, settings.catalogue(), disk, 1.0).gpu_memory_used_mb == 1000
-
-
-def test_health_without_redis_is_unhealthy(away: FlaskClient) -> None:
-    answer = away.get("/health")
-    found = Health.model_validate_json(answer.data)
-    assert (answer.status_code, found.status, bool(answer.headers["Retry-After"])) == (503, "unhealthy", True)
-    assert "Redis" in found.reasons[0]
-
-
-def test_ready_with_redis_and_a_worker(client: FlaskClient, worker: FakeWorker, away: FlaskClient) -> None:
-    refused = client.get("/ready")
-    assert (refused.status_code, refused.get_json(force=True)["code"]) == (503, "no_worker")
-    worker.beat()
-    assert (client.get("/ready").status_code, client.get("/ready").get_json()) == (200, {"status": "ready"})
-    refused = away.get("/ready")
-    assert (refused.status_code, refused.get_json(force=True)["code"]) == (503, "redis_unavailable")
-    assert refused.headers["Retry-After"]
 
 
 @pytest.mark.parametrize("path", ["/api/queue", "/api/workers", "/api/models", "/api/tasks", "/api/status/" + "0" * 32])

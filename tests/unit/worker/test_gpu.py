@@ -119,5 +119,19 @@ def test_a_gpu_counts_as_lost_when_it_is_gone_twice(two_gpus: None, monkeypatch:
     assert not watch.is_lost(0)
 
 
+def test_a_reading_is_kept_while_the_driver_stumbles_and_not_while_it_hangs(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = gpu.Watch([0], every_s=60)
+    assert watch.reading(0) is None, "it has not been asked yet"
+    watch.look()
+    monkeypatch.setattr(gpu, "read", lambda _: None)
+    watch.look()
+    assert watch.reading(0)
+    later = gpu.time.monotonic() + gpu.SILENT_S
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: later)
+    assert watch.reading(0) is None
+
+
 def test_a_driver_that_went_away_took_its_gpus_with_it(no_driver: None) -> None:
     assert gpu.lost(0)
