@@ -1,5 +1,6 @@
 """The task's life on Redis: submit, claim, beat, progress, finish, release, cancel and reap. Views are FleetView's,
-API keys are Keyring's, operators' orders Operating's, rates RateLimits', and what webhooks are told is Outbox's.
+API keys are Keyring's, operators' orders Operating's, rates RateLimits', what webhooks are told is Outbox's, and what
+is counted is Figures'.
 
 Every transition is one Lua script of `lua/`: atomic, and safe to send twice. All methods raise RedisUnavailable when
 Redis stays away longer than the broker's patience.
@@ -21,6 +22,7 @@ from common import keys
 from common.cards import WorkerCard
 from common.connection import hear
 from common.errors import RedisUnavailable
+from common.figures import Figures
 from common.fleetview import FleetView
 from common.keyring import Keyring
 from common.link import BELL_WAIT_S
@@ -38,7 +40,7 @@ RECONCILE_GRACE_S = 5.0
 LONGEST_BOUND_S = 1e9  # a script cannot read infinity
 
 
-class Broker(FleetView, Keyring, Operating, RateLimits, Outbox):
+class Broker(FleetView, Keyring, Operating, RateLimits, Outbox, Figures):
     """One process's way to Redis. Safe to share between threads and greenlets."""
 
     # The gateway's side
@@ -172,17 +174,19 @@ class Broker(FleetView, Keyring, Operating, RateLimits, Outbox):
         stages: StageTimings | None = None,
         busy_ms: float = 0.0,
         picture_ms: float | None = None,
+        fuse: str = "",
         give_up: Callable[[], bool] | None = None,
     ) -> Literal["ok", "already", "lost"]:
         """End a run; the first writer wins. `lost`: another attempt has the task by now, and this result is void.
 
-        `busy_ms` is how long it was at work, `picture_ms` how long one of its pictures took (None: all of that).
+        `busy_ms` is how long it was at work, `picture_ms` how long one of its pictures took (None: all of that), `fuse`
+        the limit that stopped it, if one did.
         """
         outcome: Literal["ok", "already", "lost"] = self._run(
             "finish", *hold, status, json.dumps([image.model_dump() for image in images]),
             error.model_dump_json() if error else "", json.dumps(list(warnings), ensure_ascii=False),
             (stages or StageTimings()).model_dump_json(), f"{busy_ms:.3f}", self._retention_ms, worker,
-            f"{busy_ms if picture_ms is None else picture_ms:.3f}", give_up=give_up,
+            f"{busy_ms if picture_ms is None else picture_ms:.3f}", fuse, give_up=give_up,
         )  # fmt: skip
         return outcome
 
@@ -197,16 +201,18 @@ class Broker(FleetView, Keyring, Operating, RateLimits, Outbox):
 
     # The supervisor's side
 
-    def reap(self, worker: str = "", suspects: Sequence[str] = (), bystanders: Sequence[str] = ()) -> list[Reaped]:
+    def reap(
+        self, worker: str = "", suspects: Sequence[str] = (), bystanders: Sequence[str] = (), *, crashed: bool = False
+    ) -> list[Reaped]:
         """Take back the runs of a worker known to be dead or, without a name, every run whose lease ran out.
 
         A crash is counted for the `suspects`; they and the `bystanders` will run alone. Other runs are given back
         unharmed. Of a lease that ran out nobody knows, so every run is a suspect; after an outage none runs out for
-        one term more.
+        one term more. A worker that `crashed` has died unasked, and counts as that.
         """
         lease_ms, gap_ms = int(self._settings.lease_s * 1000), int(REAP_GAP_S * 1000)
         limits = (self._settings.crash_limit, self._retention_ms, lease_ms, gap_ms, REAP_BATCH)
-        reply = self._run("reap", worker, *limits, len(suspects), *suspects, *bystanders)
+        reply = self._run("reap", worker, *limits, int(crashed), len(suspects), *suspects, *bystanders)
         return [Reaped(*row) for row in reply]
 
     def expire(self) -> list[str]:

@@ -24,6 +24,9 @@ class QueueDepth(Wire):
     oldest_age_seconds: float | None
 
 
+WorkerState = Literal["loading", "idle", "busy", "draining", "lost"]
+
+
 class GpuReading(Stored):
     """What the driver says of a GPU; a figure it does not give is null."""
 
@@ -34,6 +37,7 @@ class GpuReading(Stored):
     utilisation_percent: int | None = None
     temperature_c: int | None = None
     power_w: float | None = None
+    energy_j: float | None = Field(default=None, description="That it has used since its driver was loaded.")
 
 
 class WorkerCard(Stored):
@@ -42,7 +46,7 @@ class WorkerCard(Stored):
     name: str
     host: str
     pid: int
-    state: Literal["loading", "idle", "busy", "draining", "lost"] = Field(description="lost: its GPU is gone.")
+    state: WorkerState = Field(description="lost: its GPU is gone.")
     device: str
     gpu: GpuReading | None = None
     models: Sequence[str]

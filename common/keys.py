@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 
+from common.histograms import SECONDS as SECONDS  # for the scripts that count
+from common.histograms import STAGE_SECONDS as STAGE_SECONDS
+
 # Ours                                            written by
 TASK = "zf:task:"  # + id: the record, a hash       submit, and every transition after it
 TENANT_TASKS = "zf:tasks:"  # + tenant, and + *, everybody's: zset by age  submit
@@ -45,6 +48,11 @@ WORKERS = "zf:workers"  # zset worker name -> last beat, ms      beat
 CARD = "zf:card:"  # + worker: how it describes itself, JSON     beat
 DRAINED = "zf:drained"  # set of workers' slots that claim nothing    operating; claim obeys
 RESTART = "zf:restart:"  # + worker: there while it is asked to make room for a fresh one    operating; beat tells it
+COUNTS = "zf:counts"  # hash of the fleet's counters, see lua/_counts.lua     the transitions, add_counts
+COUNTED = "zf:counts:"  # + process: number of what it told last, so that what is told again counts once    add_counts
+HISTORY = "zf:history:"  # + window: list of samples, oldest first, of a fixed length     sample
+SAMPLED = "zf:sampled"  # the interval that was sampled last     sample
+DISKS = "zf:disks"  # hash host -> "free size when", bytes and ms, of its results' disk    note_disk; sample removes
 PROBE = "zf:probe"  # proves that Redis takes writes        ready
 DELIVERIES = "zf:deliveries"  # zset of ids of webhooks' deliveries that are not settled -> when to look at them, ms:
 #   +inf in its queue, else its next try or the end of its lease    announce (_shared), deliver_take, deliver_settle
@@ -78,6 +86,8 @@ IDEMPOTENCY_TTL_S = 24 * 3600
 BELL_TTL_S = 3600
 TOMBSTONE_FACTOR = 2  # a record outlives its result by as long again, to answer "expired" rather than "unknown"
 PROBE_TTL_S = 60
+COUNTED_TTL_S = 3600
+DISK_TTL_S = 60  # a host that has not told for so long tells no more
 OVERDUE_S = 3600  # a run this long past its estimate is no longer counted as one
 
 

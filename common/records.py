@@ -97,12 +97,16 @@ class Hold(NamedTuple):
     fence: int
 
 
+Fate = Literal["requeued", "given_back", "quarantined", "canceled"]  # of a run that is taken back
+Fuse = Literal["run_limit", "deadline"]  # a limit that stopped a task: its model's, or its own
+
+
 class Reaped(NamedTuple):
     """A run taken back from a dead or silent worker, and what was done with it."""
 
     task_id: str
     fence: int
-    outcome: Literal["requeued", "given_back", "quarantined", "canceled"]
+    outcome: Fate
     worker: str
     request_id: str
 

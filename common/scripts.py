@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from importlib import resources
 
-SHARED = ("_line.lua", "_shared.lua")  # in front of every transition, in this order
+SHARED = ("_counts.lua", "_line.lua", "_shared.lua")  # in front of every transition, in this order
 
 
 def load(head: str) -> Mapping[str, tuple[str, str]]:

@@ -11,7 +11,21 @@ from common.errors import ConfigurationError
 from common.problem import Problem
 from common.settings import Settings
 from common.storage import open_storage
-from gateway import admission, dashboard, dialects, docs, fleet, health, images, inputs, metrics, operate, ops, problems
+from gateway import (
+    admission,
+    dashboard,
+    dialects,
+    docs,
+    fleet,
+    health,
+    history,
+    images,
+    inputs,
+    metrics,
+    operate,
+    ops,
+    problems,
+)
 from gateway.api import Api
 from gateway.described import SCHEMES
 from gateway.dialects.base import Gateway
@@ -21,12 +35,13 @@ from gateway.links import Links
 from gateway.polls import Polls
 from gateway.requestlog import RequestLog
 from gateway.tasks import Tasks
+from gateway.traffic import Traffic
 from gateway.webhooks import routes as webhooks
 from gateway.webhooks.targets import Targets
 
 VERSION = "1.0"  # of the API, not of the program
-TASKS = "zfleet.tasks"  # where a server that stops finds what to close, in app.extensions
-WATCH = "zfleet.watch"  # and the same
+# where a server finds what to start and close, in app.extensions
+TASKS, WATCH, TRAFFIC = "zfleet.tasks", "zfleet.watch", "zfleet.traffic"
 
 
 def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
@@ -67,12 +82,15 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     watch = fleet.Watch(overview)
     app.extensions |= {TASKS: gateway.tasks, WATCH: watch}
     polls = Polls(app.wsgi_app, doorkeeper, gateway.tasks.hub)
-    app.wsgi_app = RequestLog(polls)  # type: ignore[method-assign]  # Flask's own way of wrapping
+    traffic = Traffic(broker, storage)
+    app.extensions[TRAFFIC] = traffic
+    app.wsgi_app = RequestLog(polls, traffic.answered)  # type: ignore[method-assign]  # Flask's own way of wrapping
     _register(app, ops.create(broker, catalogue))
     _register(app, health.create(checkup))
     _register(app, fleet.create(overview, watch, doorkeeper))
     _register(app, operate.create(broker, overview, watch))
-    _register(app, metrics.create(broker))
+    _register(app, history.create(broker))
+    _register(app, metrics.create(broker, catalogue, traffic.tell))
     _register(app, images.create(gateway.tasks, gateway.images, gateway.links, doorkeeper))
     _register(app, inputs.create(pictures))
     _register(app, webhooks.create(broker))
@@ -81,6 +99,18 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     docs.install(app)
     dashboard.install(app)
     return app
+
+
+def start(app: OpenAPI) -> None:
+    """Begin what goes on beside the requests. For a server, in the process that serves."""
+    traffic: Traffic = app.extensions[TRAFFIC]
+    traffic.start()
+
+
+def stop(app: OpenAPI) -> None:
+    """End that, when no more requests come."""
+    traffic: Traffic = app.extensions[TRAFFIC]
+    traffic.stop()
 
 
 def close(app: OpenAPI) -> None:

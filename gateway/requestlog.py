@@ -9,7 +9,7 @@ import functools
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from flask import Request, request
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from structlog.typing import FilteringBoundLogger
 
+Answered = Callable[[str | None, str, int | None, float], None]
 REQUEST_ID = "zfleet.request_id"  # in the WSGI environment
 TASK_ID = "zfleet.task_id"
 ROUTE = "zfleet.route"  # the rule, where an answer came from in front of Flask
@@ -40,15 +41,17 @@ _TASK_ID = re.compile(r"[0-9a-f-]{1,64}")  # anything else could be a key that s
 class RequestLog:
     """Gives each request an id (the caller's own, if it is well formed), and logs it when it has been answered."""
 
-    def __init__(self, app: WSGIApplication) -> None:
+    def __init__(self, app: WSGIApplication, answered: Answered = lambda *_: None) -> None:
+        """`answered` is told of each: its route's rule, its method, its status, and the seconds that it took."""
         self._app = app
+        self._answered = answered
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         began = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
         own = given if _GIVEN.fullmatch(given) else secrets.token_hex(8)
         environ[REQUEST_ID] = own
-        line: dict[str, object] = {"status": None}
+        line: dict[str, Any] = {"status": None}
 
         def start(code: str, headers: list[tuple[str, str]], exc_info: Any = None, /) -> Any:
             line.update(_what(environ), status=int(code[:3]))
@@ -59,13 +62,9 @@ class RequestLog:
         try:
             return self._app(environ, start)
         finally:
-            _log().info(
-                "request",
-                request_id=own,
-                method=environ["REQUEST_METHOD"],
-                duration_ms=round((time.perf_counter() - began) * 1000, 2),
-                **line,
-            )
+            seconds, method = time.perf_counter() - began, environ["REQUEST_METHOD"]
+            _log().info("request", request_id=own, method=method, duration_ms=round(seconds * 1000, 2), **line)
+            self._answered(line.get("route"), method, line["status"], seconds)
 
 
 def current_id() -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+
 from common import telemetry
 from common.settings import load_settings
-from gateway.app import create_app
+from gateway.app import create_app, start, stop
 
 _settings = load_settings()
 telemetry.configure(_settings, "gateway")
 
 app = create_app(_settings)
+start(app)
+atexit.register(stop, app)

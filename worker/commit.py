@@ -124,6 +124,7 @@ class Committer:
             stages=stages,
             busy_ms=(task.busy_s - task.load_s) * 1000,
             picture_ms=task.pictures_s * 1000 / task.claimed.request.n,  # what the next one may take
+            fuse=task.fuse or "",
             give_up=self._abandoned,
         )
         if verdict == "lost":

@@ -70,6 +70,10 @@ class Engine:
         """Runs that may be active at once."""
         return self._capacity
 
+    def counts(self) -> dict[str, int]:
+        """Return how many pictures advanced together, by model, since the start. Any thread may ask."""
+        return self._batches.counts()
+
     @property
     def idle(self) -> bool:
         """Whether nothing is held."""
@@ -262,6 +266,7 @@ class Engine:
             limit_s = self._run_limits[request.model]
             message = f"stopped: a picture of model {request.model} may take {limit_s:g} s (its run_limit_s)"
         log.warning("fuse_tripped", task_id=task.claimed.task_id, request_id=task.claimed.request_id, cause=cause)
+        task.fuse = cause
         self._fail(task, DeadlineExceeded(message))
 
     def _announce_room(self, batch: Sequence[Picture]) -> None:

@@ -132,6 +132,7 @@ def _read(index: int) -> GpuReading:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     memory = _maybe(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
     power = _maybe(lambda: float(pynvml.nvmlDeviceGetPowerUsage(handle)))
+    energy = _maybe(lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)))
     name = pynvml.nvmlDeviceGetName(handle)
     return GpuReading(
         name=name.decode() if isinstance(name, bytes) else name,
@@ -141,6 +142,7 @@ def _read(index: int) -> GpuReading:
         utilisation_percent=_maybe(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
         temperature_c=_maybe(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
         power_w=power / 1000 if power is not None else None,
+        energy_j=energy / 1000 if energy is not None else None,
     )
 
 

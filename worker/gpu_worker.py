@@ -98,6 +98,7 @@ class GpuWorker(SimpleWorker):
             held=self.held,
             register=self.register_birth,
             stuck=self._is_stuck,
+            counts=self.engine.counts,
         )
         self._held: dict[int, HeldTask] = {}
         self._committing = 0

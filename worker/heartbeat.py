@@ -15,11 +15,11 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Cause = Literal["run_limit", "deadline"]
+from common.records import Fuse
 
-_CAUSES: tuple[Cause, ...] = ("run_limit", "deadline")
+_CAUSES: tuple[Fuse, ...] = ("run_limit", "deadline")
 _ENTRY = struct.Struct("<64sIdB")  # task id, fence, stop_at, cause
 _MOST_ENTRIES = 256  # tasks beyond are not told of; no device advances that many at once
 
@@ -45,7 +45,7 @@ class InHand(NamedTuple):
     task_id: str
     fence: int
     stop_at: float
-    cause: Cause
+    cause: Fuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.records import Claimed, Hold, Verdict
+from common.records import Claimed, Fuse, Hold, Verdict
 from common.schemas import TaskError
-from worker.heartbeat import Cause, InHand
+from worker.heartbeat import InHand
 from worker.pipelines.base import ImageRequest, Lora, Run
 
 Outcome = Literal["succeeded", "failed", "canceled", "released", "lost"]
@@ -29,6 +29,7 @@ class HeldTask:
     leased_at: float = field(default_factory=time.monotonic)  # its lease was renewed no earlier than this
     verdict: Verdict = "ok"  # set by the thread that talks to Redis; obeyed at the next step
     outcome: Outcome | None = None
+    fuse: Fuse | None = None  # the limit that stopped it
     stored: bool = False  # nothing of it is left to be encoded or stored
     error: TaskError | None = None
     inputs: Mapping[str, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)  # by field: the pictures it is from
@@ -63,7 +64,7 @@ class HeldTask:
         return max(0.0, self.busy_s - self.load_s - self.encode_s - self.decode_s)
 
     @property
-    def stop(self) -> tuple[float, Cause]:
+    def stop(self) -> tuple[float, Fuse]:
         """When it must be stopped, and by which of its two limits."""
         run_limit = min(self.fuses.values(), default=math.inf)
         if self.deadline is not None and self.deadline <= run_limit:

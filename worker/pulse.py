@@ -6,12 +6,14 @@ A lease that could not be renewed for two thirds of its term makes the engine dr
 from __future__ import annotations
 
 import base64
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from common.broker import Broker
 from common.cards import WorkerCard
+from common.counting import Counting
 from common.errors import RedisUnavailable
 from common.records import Hold
 from common.telemetry import get_logger
@@ -38,9 +40,11 @@ class Pulse:
         held: Callable[[], Sequence[HeldTask]],
         register: Callable[[], None],
         stuck: Callable[[HeldTask], bool] = lambda _: False,
+        counts: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         """`card` and `held` are asked at each beat; `register` is called when RQ no longer knows this worker. A task
-        that is `stuck` is not renewed: whoever has it in hand makes no progress, though this thread still beats.
+        that is `stuck` is not renewed: whoever has it in hand makes no progress, though this thread still beats. What
+        `counts` have grown by since the last beat is told after it.
         """
         self._worker = worker
         self._broker = broker
@@ -49,9 +53,11 @@ class Pulse:
         self._held = held
         self._register = register
         self._stuck = stuck
+        self._counting = Counting(broker, counts)
         self._wake = threading.Event()
         self._stopping = False
         self._due = False
+        self._missed = False  # Redis did not answer the last call
         self._reported: dict[Hold, int] = {}
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
@@ -71,10 +77,13 @@ class Pulse:
         self._wake.set()
 
     def stop(self) -> None:
-        """End the thread; leases are no longer renewed."""
+        """End the thread; leases are no longer renewed. What was counted of late is told, if Redis is there."""
         self._stopping = True
         self._wake.set()
         self._thread.join()
+        if not self._missed:
+            with contextlib.suppress(RedisUnavailable):
+                self._counting.tell()
 
     def _run(self) -> None:
         next_beat = time.monotonic() + self._beat_s
@@ -87,7 +96,9 @@ class Pulse:
                     self._due = False
                     next_beat = time.monotonic() + self._beat_s
                     self._beat()
+                self._missed = False
             except RedisUnavailable as error:
+                self._missed = True
                 log.warning("pulse_missed", reason=error.message)
             except Exception as error:  # the pulse must not stop while the worker lives
                 log.error("pulse_failed", error=type(error).__name__, exc_info=True)
@@ -124,6 +135,7 @@ class Pulse:
                 task.verdict = verdict
         if not registered:
             self._register()
+        self._counting.tell()
 
 
 def _take_preview(task: HeldTask) -> str:

@@ -1,7 +1,10 @@
-"""Takes back what dead and silent workers held, and puts straight what stands nowhere. A supervisor ticks it."""
+"""Takes back what dead and silent workers held, puts straight what stands nowhere, and notes how the fleet stands. A
+supervisor ticks it.
+"""
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +21,7 @@ log = get_logger()
 
 REAP_INTERVAL_S = 1.0
 RECONCILE_INTERVAL_S = 30.0  # of the whole fleet
+DISK_INTERVAL_S = 15.0
 
 
 class Burial(NamedTuple):
@@ -27,6 +31,7 @@ class Burial(NamedTuple):
     suspects: Sequence[InHand] = ()
     bystanders: Sequence[InHand] = ()
     tripped: Sequence[InHand] = ()
+    crashed: bool = True  # nobody had asked it to leave
 
 
 class Reaper:
@@ -38,7 +43,7 @@ class Reaper:
         self._storage = storage
         self._dead: list[Burial] = []
         self._away = False
-        self._next_reap = self._next_reconcile = 0.0
+        self._next_reap = self._next_reconcile = self._next_disk = 0.0
 
     def bury(self, burial: Burial) -> None:
         """Take back a dead worker's runs: now, or when Redis is there again."""
@@ -57,6 +62,10 @@ class Reaper:
                 self._note(self._broker.reap())
                 for task_id in self._broker.expire():
                     log.info("task_expired", task_id=task_id)
+                self._broker.sample()
+            if now >= self._next_disk:
+                self._next_disk = now + DISK_INTERVAL_S
+                self._note_disk()
             if now >= self._next_reconcile:
                 self._next_reconcile = now + RECONCILE_INTERVAL_S
                 for task_id in self._broker.reconcile(RECONCILE_INTERVAL_S * 0.9):
@@ -71,9 +80,17 @@ class Reaper:
         for task in burial.tripped:
             message = "stopped: its step stood still on the device beyond the time it had"
             error = TaskError(code="deadline_exceeded", message=message)
-            self._broker.finish(burial.worker, Hold(task.task_id, task.fence), "failed", error=error)
+            self._broker.finish(burial.worker, Hold(task.task_id, task.fence), "failed", error=error, fuse=task.cause)
         suspects, bystanders = ([task.task_id for task in group] for group in (burial.suspects, burial.bystanders))
-        self._note(self._broker.reap(burial.worker, suspects, bystanders))
+        self._note(self._broker.reap(burial.worker, suspects, bystanders, crashed=burial.crashed))
+
+    def _note_disk(self) -> None:
+        try:
+            disk = self._storage.disk()
+        except StorageError:  # which the gateway tells, and whoever writes there
+            return
+        if disk:
+            self._broker.note_disk(socket.gethostname(), disk)
 
     def _note(self, reaped: list[Reaped]) -> None:
         for task_id, fence, outcome, worker, request_id in reaped:

@@ -210,7 +210,7 @@ class Supervisor:
             slot.backoff_s = 0.0
         if not child.recycled:
             log.warning("worker_died", worker=child.name, gpu=child.device, exit_code=code, restart_in_s=slot.backoff_s)
-        self._bury(child)
+        self._bury(child, crashed=not child.recycled and child.leave_by is None)
         # a death that a task explains may repeat until that is quarantined, and the others should not wait for ever
         longest_s = FIRST_BACKOFF_S if child.has_suspects() else LONGEST_BACKOFF_S
         child.close()
@@ -219,7 +219,7 @@ class Supervisor:
         if not child.recycled:
             slot.backoff_s = min(longest_s, max(FIRST_BACKOFF_S, slot.backoff_s * 2))
 
-    def _bury(self, child: Child, tripped: Sequence[InHand] = (), *, blame: bool = True) -> None:
+    def _bury(self, child: Child, tripped: Sequence[InHand] = (), *, blame: bool = True, crashed: bool = True) -> None:
         if child.buried:
             return
         child.buried = True
@@ -228,7 +228,8 @@ class Supervisor:
         if not suspects:
             suspects, bystanders = bystanders, ()  # it died of encoding or storing a picture
         others = [task for task in suspects if task not in tripped]
-        self._reaper.bury(Burial(child.name, others if blame else (), bystanders if blame else (), tripped))
+        burial = Burial(child.name, others if blame else (), bystanders if blame else (), tripped, crashed)
+        self._reaper.bury(burial)
 
     # A GPU that is lost, and found
 
@@ -274,7 +275,7 @@ class Supervisor:
 
     def _see_off(self, slot: Slot, child: Child) -> None:
         if child.process.poll() is not None:
-            self._bury(child)
+            self._bury(child, crashed=False)
             child.close()
             slot.child = None
         elif child.buried:

@@ -114,8 +114,8 @@ local function announce(id, event, now, fence)
   end
 end
 
--- Makes a task final. The caller has checked that it is not. `error` is JSON or ''.
-local function settle(id, queue, status, error, now, retention_ms)
+-- Makes a task final. The caller has checked that it is not. `error` is JSON or ''; `counted` what else is to be counted.
+local function settle(id, queue, status, error, now, retention_ms, counted)
   local expires = now + retention_ms
   local gone = now + K.TOMBSTONE_FACTOR * retention_ms
   redis.call('HSET', K.TASK .. id, 'status', status, 'finished_at', now, 'expires_at', expires)
@@ -131,6 +131,10 @@ local function settle(id, queue, status, error, now, retention_ms)
   local registry = REGISTRY[status] .. queue
   redis.call('ZREMRANGEBYSCORE', registry, 0, math.floor(now / 1000))
   redis.call('ZADD', registry, math.floor(expires / 1000), id)
+  local more = counted or {}
+  more[#more + 1] = 'tasks|' .. string.match(queue, '^[^.]+') .. '|' .. status
+  more[#more + 1] = 1
+  count(more)
   announce(id, 'ended', now)
   publish(id, status)
 end

@@ -66,7 +66,7 @@ if redis.call('SISMEMBER', K.DRAINED, string.match(worker, '^(.+)%.[^.]*$') or w
 end
 if redis.call('EXISTS', K.DEAD .. worker) == 1 then return {'ok', {}} end -- sent before it died, and heard after its burial
 
-local function take(id, queue, api_key)
+local function take(id, queue, api_key, created)
   local key = K.TASK .. id
   local fence = redis.call('HINCRBY', key, 'fence', 1)
   redis.call('HSET', key, 'status', 'running', 'worker', worker, 'started_at', now, 'step', 0, 'attempt:' .. fence,
@@ -78,6 +78,11 @@ local function take(id, queue, api_key)
   -- +inf keeps RQ's own janitor off a run that our leases watch, while its counts stay right
   redis.call('ZADD', K.RQ_STARTED .. queue, '+inf', id .. ':' .. fence)
   redis.call('HSET', K.RQ_JOB .. id, 'status', 'started', 'started_at', iso(now), 'worker_name', worker)
+  if fence == 1 then -- what it waited after that was no line's fault
+    local waited = {}
+    observe(waited, 'waited|' .. string.match(queue, '^[^.]+'), now - created, K.SECONDS)
+    count(waited)
+  end
   announce(id, 'started', now, fence)
   publish(id, 'running', 0, redis.call('HGET', key, 'steps'))
   return fence
@@ -275,7 +280,7 @@ local function serve(turn, found, priority)
   leave(task.id, queue, redis.call('LREM', K.RQ_QUEUE .. queue, 1, task.id) > 0)
   if redis.call('EXISTS', K.RQ_QUEUE .. queue) == 0 then redis.call('ZREM', K.READY .. turn.line, turn.tenant) end
   pass(turn, priority)
-  local fence = take(task.id, queue, task.key)
+  local fence = take(task.id, queue, task.key, task.created)
   room, busy, oldest[turn.line] = room - task.pictures, true, nil
   if not resident[turn.model] then to_load = turn.model end
   runs[#runs + 1] = {task.id, fence}

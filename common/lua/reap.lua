@@ -4,7 +4,7 @@
 -- After a time in which nobody could reap, as Redis was away or stood still, nobody could beat either: then leases get one
 -- more term before any of them counts as run out.
 -- ARGV: worker ('' for every lease that ran out: then all are suspects), crash_limit, retention_ms, lease_ms, gap_ms, limit,
---       number of suspects, suspect id …, bystander id …
+--       crashed (1|0: whether the worker has died unasked), number of suspects, suspect id …, bystander id …
 -- Returns {{id, fence, 'requeued'|'given_back'|'quarantined'|'canceled', worker, request_id} …}
 local worker, crash_limit, retention_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = now_ms()
@@ -20,8 +20,8 @@ else
 end
 
 local suspects, bystanders = {}, {}
-for i = 8, #ARGV do
-  local which = i < 8 + tonumber(ARGV[7]) and suspects or bystanders
+for i = 9, #ARGV do
+  local which = i < 9 + tonumber(ARGV[8]) and suspects or bystanders
   which[ARGV[i]] = true
 end
 
@@ -50,6 +50,15 @@ for _, id in ipairs(ids) do
     end
   end
 end
+local outcomes, more = {}, {}
+for _, run in ipairs(reaped) do outcomes[run[3]] = (outcomes[run[3]] or 0) + 1 end
+for outcome, runs in pairs(outcomes) do
+  more[#more + 1], more[#more + 2] = 'reaped|' .. outcome, runs
+end
+if ARGV[7] == '1' and redis.call('EXISTS', K.DEAD .. worker) == 0 then
+  more[#more + 1], more[#more + 2] = 'crashes', 1
+end
+if more[1] then count(more) end
 if worker ~= '' then
   local queues = redis.call('HGET', K.RQ_WORKER .. worker, 'queues')
   for queue in string.gmatch(queues or '', '[^,]+') do

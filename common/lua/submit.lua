@@ -66,6 +66,7 @@ if task.idempotency ~= '' then
   redis.call('HSET', idempotency_key, 'id', id, 'body', task.body_hash)
   redis.call('EXPIRE', idempotency_key, K.IDEMPOTENCY_TTL_S)
 end
+count({'submitted|' .. task.model, 1})
 make_ready(task.model, task.priority, task.tenant)
 ring(task.model)
 return {'created', id, before.tasks, eta and math.ceil(eta) or ''}

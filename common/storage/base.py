@@ -8,6 +8,7 @@ import abc
 import re
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import StorageError
 from common.settings import Settings
@@ -15,6 +16,13 @@ from common.settings import Settings
 STRAY_S = 600.0  # what a broken write left behind is nobody's after this; a live write is never as old
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Disk(NamedTuple):
+    """A disk that results are kept on, in bytes, without what is kept back for root."""
+
+    free: int
+    size: int
 
 
 class BaseStorage(abc.ABC):
@@ -69,12 +77,20 @@ class BaseStorage(abc.ABC):
     def sweep(self, older_than_s: float) -> int:
         """Remove objects older than this, and broken writes older than STRAY_S; return how many were removed."""
 
+    def disk(self) -> Disk | None:
+        """Return the disk's room, or None where there is no disk that could fill up.
+
+        Raises StorageError when it cannot be told.
+        """
+        return None
+
     def fullness(self) -> float | None:
         """Return the share of the disk in use, 0 to 1, or None where there is no disk that could fill up.
 
         Raises StorageError when it cannot be told.
         """
-        return None
+        disk = self.disk()
+        return 1 - disk.free / disk.size if disk and disk.size else None
 
 
 def attempt_folder(worker: str, task_id: str, fence: int, day: date) -> str:

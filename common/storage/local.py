@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import StorageError, StorageFull
 from common.settings import Settings
-from common.storage.base import STRAY_S, BaseStorage, checked
+from common.storage.base import STRAY_S, BaseStorage, Disk, checked
 
 PARTIAL = ".partial"  # the ending of a file that is being written
 
@@ -111,7 +111,7 @@ class Storage(BaseStorage):
                     self._prune(Path(folder))
         return removed
 
-    def fullness(self) -> float | None:
+    def disk(self) -> Disk:
         try:
             folder = self._root
             while not folder.exists():  # nothing has been stored yet
@@ -119,8 +119,7 @@ class Storage(BaseStorage):
             usage = shutil.disk_usage(folder)
         except OSError as error:
             raise _told(error, "measure the disk") from error
-        whole = usage.used + usage.free  # without what is kept back for root, as df has it
-        return usage.used / whole if whole else None
+        return Disk(usage.free, usage.used + usage.free)  # as df has it
 
     def _make(self, folder: Path) -> None:
         """Make sure that the folder is there, and stays there after a power cut."""

@@ -39,6 +39,7 @@ STOP_S = 3.0  # what is under way may end within this, when the courier is stopp
 LOOK_AGAIN_S = 0.2  # for tenants that are not at their most, while others are
 IDLE_S = 1.0  # between looks for what is due, at the longest
 MEND_S = 30.0
+SAMPLE_S = 1.0  # how often the fleet's history is looked after, which must go on without a worker as well
 AWAY_S = 1.0  # between looks while Redis is away
 
 log = get_logger()
@@ -95,9 +96,12 @@ class Courier:
     def run(self) -> None:
         """Deliver until stopped; then let end what is under way, or give it back."""
         log.info("courier_started", courier=self.name)
-        mend_at = 0.0
+        mend_at = sample_at = 0.0
         while not self._stopping.is_set():
             try:
+                if time.monotonic() >= sample_at:
+                    sample_at = time.monotonic() + SAMPLE_S
+                    self._broker.sample()
                 if time.monotonic() >= mend_at:
                     mend_at = time.monotonic() + MEND_S
                     for delivery_id in self._broker.mend_deliveries(MEND_S / 2):

@@ -59,6 +59,7 @@ LINKED = {"/view/{task_id}/{name}"}  # a signed link does for a key
 OPERATORS = {
     "/api/workers",
     "/metrics",
+    "/api/history",
     "/api/fleet",
     "/api/fleet/events",
     "/api/fleet/pause",

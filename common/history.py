@@ -1,0 +1,158 @@
+"""What the fleet did of late, from samples of its counters: differences, shares and quantiles. Knows no Redis."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+
+from pydantic import Field
+
+from common.histograms import SECONDS, Bounds
+from common.schemas import Stored, Wire
+
+WINDOWS: Mapping[str, int] = {"15m": 10, "6h": 240, "7d": 7200}  # with the seconds of a step
+SLACK = 0.5  # of a step: two samples that are no further apart than this and a step have none missing between them
+OUTCOMES = ("succeeded", "failed", "canceled", "expired")
+TOOK = "took|"
+DURATIONS = Bounds(SECONDS)
+
+
+class Sample(Stored):
+    """How the fleet stood at some moment, `at` ms since 1970; what nobody told is None.
+
+    `counts` are counters summed over models: `submitted`, `images`, `tasks|<outcome>`, `took|<bound>`. They only grow,
+    unless Redis has lost them.
+    """
+
+    at: int
+    counts: Mapping[str, int]
+    queued: int
+    running: int
+    oldest_age_ms: int | None = None
+    workers: int
+    gpu_utilisation_percent: float | None = None
+    gpu_memory_used_mb: int | None = None
+
+
+class Done(Wire):
+    """What was done within some time."""
+
+    submitted: int | None = None
+    succeeded: int | None = None
+    failed: int | None = None
+    canceled: int | None = None
+    expired: int | None = None
+    images: int | None = None
+    error_ratio: float | None = Field(
+        default=None, description="Failed and expired, as a share of those and the succeeded; null without any."
+    )
+    p50_seconds: float | None = Field(
+        default=None, description="From submit to result, of tasks that succeeded; null without any."
+    )
+    p95_seconds: float | None = None
+
+
+class Point(Done):
+    """A step of a chart: what was done within it, and how the fleet stood at its end. Null is what nobody knows."""
+
+    at: datetime = Field(description="The end of the step.")
+    queued: int | None = None
+    running: int | None = None
+    oldest_age_seconds: float | None = None
+    workers: int | None = None
+    gpu_utilisation_percent: float | None = Field(default=None, description="The mean of the GPUs.")
+    gpu_memory_used_mb: int | None = Field(default=None, description="Of all GPUs.")
+
+
+class Recent(Wire):
+    """The last quarter of an hour, or as much of it as is known."""
+
+    window_seconds: float = 0.0
+    tasks_per_minute: float | None = Field(default=None, description="Of those that succeeded.")
+    images_per_minute: float | None = None
+    error_ratio: float | None = None
+    p50_seconds: float | None = None
+    p95_seconds: float | None = None
+
+
+def points(samples: Sequence[Sample], step_s: float) -> list[Point]:
+    """Return the steps between these samples, oldest first.
+
+    Where samples are missing there are points of nulls, and the step after them has no counts, as nobody knows how much
+    of them belongs into it.
+    """
+    found: list[Point] = []
+    for before, after in pairwise(samples):
+        missing = _missing(before, after, step_s)
+        found += [Point(at=_when(after.at - (missing - nth) * step_s * 1000)) for nth in range(missing)]
+        made = Done() if missing else done(difference(before.counts, after.counts))
+        found.append(_point(after, made))
+    return found
+
+
+def recent(samples: Sequence[Sample], window_s: float, step_s: float) -> Recent:
+    """Return what was done within `window_s` before the newest sample, back to where samples are missing."""
+    total: Counter[str] = Counter()
+    seconds = 0.0
+    for before, after in reversed(list(pairwise(samples))):
+        seconds_more = (samples[-1].at - before.at) / 1000
+        if _missing(before, after, step_s) or seconds_more > window_s + SLACK * step_s:
+            break
+        total += difference(before.counts, after.counts)
+        seconds = seconds_more
+    if not seconds:
+        return Recent()
+    made = done(total)
+    return Recent(
+        window_seconds=seconds,
+        tasks_per_minute=round(total["tasks|succeeded"] / seconds * 60, 3),
+        images_per_minute=round(total["images"] / seconds * 60, 3),
+        error_ratio=made.error_ratio,
+        p50_seconds=made.p50_seconds,
+        p95_seconds=made.p95_seconds,
+    )
+
+
+def difference(before: Mapping[str, int], after: Mapping[str, int]) -> Counter[str]:
+    """Return by how much counters grew; those that went back were lost meanwhile, and began anew from nothing."""
+    lost = any(after.get(name, 0) < count for name, count in before.items())
+    return Counter({name: count - (0 if lost else before.get(name, 0)) for name, count in after.items()})
+
+
+def done(counts: Mapping[str, int]) -> Done:
+    """Return what counters say that grew by so much."""
+    outcomes = {name: counts.get(f"tasks|{name}", 0) for name in OUTCOMES}
+    lost = outcomes["failed"] + outcomes["expired"]
+    took = {name.removeprefix(TOOK): count for name, count in counts.items() if name.startswith(TOOK)}
+    return Done(
+        submitted=counts.get("submitted", 0),
+        images=counts.get("images", 0),
+        error_ratio=round(lost / (lost + outcomes["succeeded"]), 4) if lost + outcomes["succeeded"] else None,
+        p50_seconds=DURATIONS.quantile(0.5, took),
+        p95_seconds=DURATIONS.quantile(0.95, took),
+        **outcomes,
+    )
+
+
+def _missing(before: Sample, after: Sample, step_s: float) -> int:
+    """Return how many samples there should have been between these two."""
+    return max(0, int((after.at - before.at) / 1000 / step_s - SLACK))
+
+
+def _point(sample: Sample, made: Done) -> Point:
+    return Point(
+        **made.model_dump(),
+        at=_when(sample.at),
+        queued=sample.queued,
+        running=sample.running,
+        oldest_age_seconds=None if sample.oldest_age_ms is None else sample.oldest_age_ms / 1000,
+        workers=sample.workers,
+        gpu_utilisation_percent=sample.gpu_utilisation_percent,
+        gpu_memory_used_mb=sample.gpu_memory_used_mb,
+    )
+
+
+def _when(milliseconds: float) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)

@@ -1,0 +1,48 @@
+"""GET /api/history: the figures of the dashboard's charts, from samples that Redis keeps; it needs no Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from flask import Response
+from pydantic import Field
+
+from common.broker import Broker
+from common.errors import Forbidden, RedisUnavailable
+from common.history import WINDOWS, Point
+from common.schemas import Wire
+from gateway import problems
+from gateway.admission import open_to
+from gateway.api import NO_STORE, Api, Query, json_answer
+
+Window = Literal["15m", "6h", "7d"]
+
+
+class HistoryQuery(Query):
+    """What GET /api/history is asked for."""
+
+    window: Window = Field("15m", description="In steps of 10 s, 4 min or 2 h.")
+
+
+class History(Wire):
+    """GET /api/history: whole steps, oldest first. Counts are per step."""
+
+    window: Window
+    step_seconds: int
+    points: Sequence[Point]
+
+
+def create(broker: Broker) -> Api:
+    """Return the route for charts."""
+    api = Api("history", __name__, about="How the fleet did of late.")
+
+    @api.get("/api/history", responses={"200": History, **problems.documented(Forbidden, RedisUnavailable)})
+    @open_to("admin")
+    def history(query: HistoryQuery) -> Response:
+        """Tell what was done in each step of the last 15 minutes, 6 hours or 7 days."""
+        window = query.window
+        found = History(window=window, step_seconds=WINDOWS[window], points=broker.history(window))
+        return json_answer(found, headers=NO_STORE)
+
+    return api
