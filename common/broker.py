@@ -29,7 +29,7 @@ from common.link import BELL_WAIT_S
 from common.operating import Operating
 from common.outbox import Outbox
 from common.ratelimit import RateLimits
-from common.records import Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed, refusal, seconds
+from common.records import Beaten, Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed, refusal, seconds
 from common.schemas import ImageRef, StageTimings, TaskError
 
 NOTHING: Mapping[Hold, str] = {}
@@ -145,14 +145,14 @@ class Broker(FleetView, Keyring, Operating, RateLimits, Outbox, Figures):
         """
         return hear(self._bell, [keys.BELL + model for model in models], timeout_s)
 
-    def beat(self, card: WorkerCard, holds: Sequence[Hold], rq_ttl_s: int) -> tuple[bool, list[Verdict]]:
-        """Renew the leases of `holds`; return whether RQ still knows the worker, and a verdict for each hold."""
+    def beat(self, card: WorkerCard, holds: Sequence[Hold], rq_ttl_s: int) -> Beaten:
+        """Renew the leases of `holds`; return a verdict for each, and what else the worker should know."""
         ttl_ms = int(self._settings.beat_s * keys.CARD_BEATS * 1000)
         state = "busy" if holds else "idle"
         flat = [part for hold in holds for part in hold]
         lease_ms = int(self._settings.lease_s * 1000)
         reply = self._run("beat", card.name, lease_ms, card.model_dump_json(), ttl_ms, rq_ttl_s, state, *flat)
-        return bool(reply[0]), reply[1:]
+        return Beaten(bool(reply[0]), reply[2:], bool(reply[1]))
 
     def progress(
         self, worker: str, steps: Mapping[Hold, tuple[int, int]], previews: Mapping[Hold, str] = NOTHING

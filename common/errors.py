@@ -107,6 +107,12 @@ class AlreadyFinal(FleetError):
     code = "already_final"
 
 
+class NotRetryable(FleetError):
+    """Raised when a task that goes on, or has succeeded, is asked to be done over."""
+
+    code = "not_retryable"
+
+
 class IdempotencyConflict(FleetError):
     """Raised when an Idempotency-Key comes back with a different request body."""
 

@@ -8,9 +8,11 @@ from datetime import datetime
 from pydantic import Field
 
 from common.cards import Health, QueueDepth, WorkerCard
-from common.schemas import PRIORITIES, Priority, Wire
+from common.records import when
+from common.schemas import PRIORITIES, Priority, TaskStatus, Wire
 
 RECENT_S = 900  # that `recent` looks back over
+RUN = ("status", "tenant", "model", "step", "steps", "started_at")  # what `running` reads of a record
 
 
 class LineDepth(Wire):
@@ -60,6 +62,22 @@ class Fleet(Wire):
     queues: Sequence[LineDepth]
     workers: Sequence[WorkerView]
     recent: Recent
+
+
+def running(task_id: str, fields: Sequence[str | None]) -> Run | None:
+    """Return a task that runs from the RUN of its record; None for any other."""
+    status, tenant, model, step, steps, started_at = fields
+    began = when(started_at)
+    if status != TaskStatus.RUNNING or began is None:
+        return None
+    return Run(
+        task_id=task_id,
+        tenant=tenant or "",
+        model=model or "",
+        step=int(step or 0),
+        steps=int(steps or 0),
+        started_at=began,
+    )
 
 
 def lines(queues: Iterable[QueueDepth]) -> list[LineDepth]:

@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from common import keys
 from common.cards import QueueDepth, WorkerCard
 from common.connection import messages
-from common.fleet import Run
+from common.fleet import RUN, Run, running
 from common.limits import Limits, by_model
 from common.link import Link
 from common.records import (
-    RUN,
     SUMMARY,
     EtaErrors,
     Event,
     eta_errors,
     queue_depth,
-    running,
     seconds,
     task_record,
     task_summary,

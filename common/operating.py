@@ -1,11 +1,17 @@
-"""What operators do to the fleet on Redis: pause it, drain a worker, have one started anew."""
+"""What operators do to the fleet on Redis: pause it, drain a worker, have one started anew, clear up what failed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from common import keys
 from common.cards import slot_of
+from common.failed import FailedTask, Purged, purged
 from common.link import Link
+from common.records import queue_parts
 
+FAILED = ("failed", "expired")  # states; RQ too counts both as failed
+READ_AT_ONCE = 256
 RESTART_TTL_S = 60  # by then a worker that lives has beaten, and been told
 
 
@@ -35,3 +41,36 @@ class Operating(Link):
     def restart(self, worker: str) -> None:
         """Have this very worker finish what it has and end, so that its supervisor starts another in its place."""
         self._patiently(lambda: self._redis.set(keys.RESTART + worker, 1, ex=RESTART_TTL_S))
+
+    def failed(self, *, model: str | None = None, tenant: str | None = None) -> Iterator[FailedTask]:
+        """Yield the tasks that RQ's registries have as failed, of one model or tenant if that is given."""
+        for queue in sorted(key.removeprefix(keys.RQ_QUEUE) for key in self._queues()):
+            parts = queue_parts(queue)
+            if parts and model in (None, parts[0]) and tenant in (None, parts[2]):
+                yield from self._failed_in(queue)
+
+    def purge(self, tasks: Sequence[FailedTask]) -> list[Purged]:
+        """Remove these tasks, if they are still failed; return what they may have left in storage."""
+        reply = self._run("purge", *(part for task in tasks for part in (task.task_id, task.queue)))
+        return [purged(row) for row in reply]
+
+    def _queues(self) -> set[str]:
+        found: set[str] = self._patiently(lambda: self._redis.smembers(keys.RQ_QUEUES))
+        return found
+
+    def _failed_in(self, queue: str) -> Iterator[FailedTask]:
+        ids: list[str] = self._patiently(lambda: self._redis.zrange(keys.RQ_FAILED + queue, 0, -1))
+        for begin in range(0, len(ids), READ_AT_ONCE):
+            for task_id, fields in self._read(ids[begin : begin + READ_AT_ONCE]):
+                status, retried_as, key_id = fields
+                if status is None or status in FAILED:
+                    yield FailedTask(task_id, queue, key_id or "", retried=bool(retried_as), known=status is not None)
+
+    def _read(self, ids: Sequence[str]) -> list[tuple[str, list[str | None]]]:
+        def read() -> list[tuple[str, list[str | None]]]:
+            pipeline = self._redis.pipeline(transaction=False)
+            for task_id in ids:
+                pipeline.hmget(keys.TASK + task_id, "status", "retried_as", "key")
+            return list(zip(ids, pipeline.execute(), strict=True))
+
+        return self._patiently(read)

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from common.cards import QueueDepth, WorkerCard, slot_of
 from common.errors import FleetError, IdempotencyConflict, QueueFull, QuotaUsedUp, TooLate
-from common.fleet import Run
 from common.inputs import steps_done
 from common.schemas import (
     PRIORITIES,
     Attempt,
     Delivery,
     ImageRef,
+    Priority,
     ResolvedRequest,
     StageTimings,
     TaskError,
@@ -88,6 +88,16 @@ class Claim(NamedTuple):
     tasks: Sequence[Claimed]
     suspended: bool
     left: Sequence[str] = ()
+
+
+class Beaten(NamedTuple):
+    """The answer to a beat: whether RQ still knows the worker, a verdict for each hold, and whether an operator wants
+    it to make room for a fresh one.
+    """
+
+    registered: bool
+    verdicts: Sequence[Verdict]
+    restart: bool
 
 
 class Hold(NamedTuple):
@@ -216,14 +226,14 @@ def _place(name: str) -> tuple[bool, int]:
     return not fence, int(fence or 0)
 
 
+def attempt(text: str) -> Attempt:
+    told = json.loads(text)
+    return Attempt(**told | {name: when(told.get(name)) for name in ("started_at", "ended_at")})
+
+
 def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: float | None) -> TaskRecord:
-    attempts = []
-    for fence in range(1, int(fields["fence"]) + 1):
-        if text := fields.get(f"attempt:{fence}"):
-            attempt = json.loads(text)
-            attempt["started_at"] = when(attempt["started_at"])
-            attempt["ended_at"] = when(attempt.get("ended_at"))
-            attempts.append(Attempt(**attempt))
+    written = (fields.get(f"attempt:{fence}") for fence in range(1, int(fields["fence"]) + 1))
+    attempts = [attempt(text) for text in written if text]
     return TaskRecord(
         task_id=fields["id"],
         tenant=fields["tenant"],
@@ -272,10 +282,18 @@ def task_summary(task_id: str, fields: Sequence[str | None]) -> TaskSummary:
     )
 
 
-def queue_depth(name: str, queued: int, running: int, created_at: str | None, now_ms: int) -> QueueDepth | None:
+def queue_parts(name: str) -> tuple[str, Priority, str] | None:
+    """Return a queue's model, priority and tenant; None of webhooks, or somebody else's RQ queue in the same Redis."""
     model, priority, tenant = [*name.split(".", 2), "", ""][:3]
-    if priority not in PRIORITIES or not tenant:
-        return None  # of webhooks, or somebody else's RQ queue in the same Redis
+    known = next((one for one in PRIORITIES if one == priority), None)
+    return (model, known, tenant) if known and tenant else None
+
+
+def queue_depth(name: str, queued: int, running: int, created_at: str | None, now_ms: int) -> QueueDepth | None:
+    parts = queue_parts(name)
+    if parts is None:
+        return None
+    model, priority, tenant = parts
     return QueueDepth(
         name=name,
         model=model,
@@ -297,25 +315,6 @@ def worker_card(text: str, drained: Collection[str] = ()) -> WorkerCard | None:
     except ValidationError:
         return None
     return card.model_copy(update={"drained": slot_of(card.name) in drained})
-
-
-RUN = ("status", "tenant", "model", "step", "steps", "started_at")
-
-
-def running(task_id: str, fields: Sequence[str | None]) -> Run | None:
-    """Return a task that runs from the RUN of its record; None for any other."""
-    status, tenant, model, step, steps, started_at = fields
-    began = when(started_at)
-    if status != TaskStatus.RUNNING or began is None:
-        return None
-    return Run(
-        task_id=task_id,
-        tenant=tenant or "",
-        model=model or "",
-        step=int(step or 0),
-        steps=int(steps or 0),
-        started_at=began,
-    )
 
 
 def refusal(reply: Sequence[Any], task: NewTask, queue: str) -> FleetError | None:

@@ -16,6 +16,7 @@ from gateway import (
     dashboard,
     dialects,
     docs,
+    failed,
     fleet,
     health,
     history,
@@ -25,6 +26,8 @@ from gateway import (
     operate,
     ops,
     problems,
+    retries,
+    thumbnails,
 )
 from gateway.api import Api
 from gateway.described import SCHEMES
@@ -69,14 +72,16 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     storage = open_storage(settings)
     disk = DiskGuard(storage, settings)
     pictures = inputs.Inputs(storage, disk, settings)
+    targets = Targets(settings.webhook_allow)
     gateway = Gateway(
-        tasks=Tasks(broker, catalogue, disk, pictures, Targets(settings.webhook_allow)),
+        tasks=Tasks(broker, catalogue, disk, pictures, targets),
         images=Images(storage, settings),
         pictures=pictures,
         links=Links(broker.shared_secret, settings.public_url),
         catalogue=catalogue,
         aliases=settings.aliases(),
     )
+    repeats = retries.Retries(gateway.tasks, broker, catalogue, disk, pictures, targets)
     checkup = health.Checkup(broker, catalogue, disk, settings)
     overview = fleet.Overview(broker, checkup.look)
     watch = fleet.Watch(overview)
@@ -91,7 +96,10 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     _register(app, operate.create(broker, overview, watch))
     _register(app, history.create(broker))
     _register(app, metrics.create(broker, catalogue, traffic.tell))
+    _register(app, retries.create(repeats))
+    _register(app, failed.create(failed.Clearing(broker, gateway.tasks, repeats, storage)))
     _register(app, images.create(gateway.tasks, gateway.images, gateway.links, doorkeeper))
+    _register(app, thumbnails.create(gateway.tasks, thumbnails.Thumbnails(storage)))
     _register(app, inputs.create(pictures))
     _register(app, webhooks.create(broker))
     for name in settings.dialects:

@@ -38,8 +38,7 @@ def check(request: GenerateRequest, catalogue: Catalogue, priority_max: Priority
     except UnknownModel as error:
         raise UnknownModel(error.message, errors=[*error.errors, *errors]) from None
     if PRIORITIES.index(priority(request, priority_max)) < PRIORITIES.index(priority_max):
-        allowed = PRIORITIES[PRIORITIES.index(priority_max) :]
-        errors.append(FieldError("priority", f"must be {' or '.join(allowed)} with this API key"))
+        errors.append(_priority_error(priority_max))
     steps = spec.steps if request.steps is None else request.steps
     errors += sizes.errors(*sizes.chosen(request, spec), spec)
     if steps > spec.max_steps:
@@ -103,6 +102,24 @@ def resolve(
     )
 
 
+def check_again(request: ResolvedRequest, catalogue: Catalogue, live: Limits, priority_max: Priority) -> None:
+    """Raise what `check` and `resolve` would, for a request that was right when it was first submitted."""
+    spec = catalogue[request.model]
+    errors = sizes.errors(request.width, request.height, spec)
+    if PRIORITIES.index(request.priority) < PRIORITIES.index(priority_max):
+        errors.append(_priority_error(priority_max))
+    if request.steps > spec.max_steps:
+        errors.append(FieldError("steps", f"must be from 1 to {spec.max_steps} for model {spec.name}"))
+    if request.n > spec.max_n:
+        errors.append(FieldError("n", f"must be from 1 to {spec.max_n} for model {spec.name}"))
+    _refuse([*errors, *_live_errors(request, request.width * request.height, spec, live)])
+
+
+def _priority_error(priority_max: Priority) -> FieldError:
+    allowed = PRIORITIES[PRIORITIES.index(priority_max) :]
+    return FieldError("priority", f"must be {' or '.join(allowed)} with this API key")
+
+
 def priority(request: GenerateRequest, highest: Priority) -> Priority:
     """Return the priority that is asked for, or, where none is, the default or the highest allowed if that is lower."""
     if "priority" in request.model_fields_set:
@@ -110,7 +127,9 @@ def priority(request: GenerateRequest, highest: Priority) -> Priority:
     return max(request.priority, highest, key=PRIORITIES.index)
 
 
-def _live_errors(request: GenerateRequest, pixels: int, spec: ModelSpec, live: Limits) -> list[FieldError]:
+def _live_errors(
+    request: GenerateRequest | ResolvedRequest, pixels: int, spec: ModelSpec, live: Limits
+) -> list[FieldError]:
     """Return what no live worker can do, where they all say what they can."""
     errors = []
     if live.max_pixels == 0:

@@ -117,17 +117,21 @@ class Tasks:
             idempotency_key=idempotency_key,
             body_hash=submission.body_hash(request, pictures) if idempotency_key else "",
         )
-        done = self._stand_in_line(task, pictures, refusal)
+        done = self.stand_in_line(task, pictures, refusal)
         if done.created:
             return Accepted(
                 task_id=done.task_id, status=TaskStatus.QUEUED, position=done.position, eta_seconds=done.eta_seconds
             )
-        record = self.find(done.task_id, caller)
+        return self.accepted(done.task_id, caller)
+
+    def accepted(self, task_id: str, caller: Caller) -> Accepted:
+        """Return a task that was made earlier as it now is; raises UnknownTask and TaskExpired."""
+        record = self.find(task_id, caller)
         return Accepted(
             task_id=record.task_id, status=record.status, position=record.position, eta_seconds=record.eta_seconds
         )
 
-    def _stand_in_line(self, task: NewTask, pictures: submission.Pictures, refusal: FleetError | None) -> Submitted:
+    def stand_in_line(self, task: NewTask, pictures: submission.Pictures, refusal: FleetError | None) -> Submitted:
         """Return what became of a task; with a `refusal` it may only be one that was accepted before."""
         try:
             done = self._broker.submit(task, closed=refusal is not None)

@@ -97,6 +97,7 @@ class GpuWorker(SimpleWorker):
             card=self.card,
             held=self.held,
             register=self.register_birth,
+            restart=self._restart,
             stuck=self._is_stuck,
             counts=self.engine.counts,
         )
@@ -104,6 +105,7 @@ class GpuWorker(SimpleWorker):
         self._committing = 0
         self._lock = threading.Lock()
         self._draining = threading.Event()
+        self._renewing = False  # an operator wants a fresh one in its place
         self._leave_at = math.inf
         self._loading = True
         self._images_done = 0
@@ -146,7 +148,7 @@ class GpuWorker(SimpleWorker):
         with contextlib.suppress(RedisError):  # the supervisor's burial takes the name away as well
             self.register_death()
         log.info("worker_stopped", images_done=self._images_done)
-        return RECYCLED if self.residency.leaked else 0
+        return RECYCLED if self.residency.leaked or self._renewing else 0
 
     def drain(self, grace_s: float) -> None:
         """Claim nothing more, finish what has begun within this time, give back the rest, then stop.
@@ -156,8 +158,14 @@ class GpuWorker(SimpleWorker):
         self._leave_at = time.monotonic() + grace_s
         self._draining.set()
         if self._loading:
-            raise SystemExit(0)  # nothing is held yet, and loading may take minutes
+            raise SystemExit(RECYCLED if self._renewing else 0)  # nothing is held yet, and loading may take minutes
         self.engine.hurry()
+
+    def _restart(self) -> None:
+        """Drain as on SIGTERM, in the main thread, but leave as one whose place is to be taken at once."""
+        if not self._draining.is_set():
+            self._renewing = True
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def card(self) -> WorkerCard:
         """Describe this worker as it is now."""

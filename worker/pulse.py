@@ -39,12 +39,14 @@ class Pulse:
         card: Callable[[], WorkerCard],
         held: Callable[[], Sequence[HeldTask]],
         register: Callable[[], None],
+        restart: Callable[[], None],
         stuck: Callable[[HeldTask], bool] = lambda _: False,
         counts: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
-        """`card` and `held` are asked at each beat; `register` is called when RQ no longer knows this worker. A task
-        that is `stuck` is not renewed: whoever has it in hand makes no progress, though this thread still beats. What
-        `counts` have grown by since the last beat is told after it.
+        """`card` and `held` are asked at each beat; `register` is called when RQ no longer knows this worker, and
+        `restart` when an operator wants it to make room for a fresh one. A task that is `stuck` is not renewed:
+        whoever has it in hand makes no progress, though this thread still beats. What `counts` have grown by since the
+        last beat is told after it.
         """
         self._worker = worker
         self._broker = broker
@@ -52,6 +54,7 @@ class Pulse:
         self._card = card
         self._held = held
         self._register = register
+        self._restart = restart
         self._stuck = stuck
         self._counting = Counting(broker, counts)
         self._wake = threading.Event()
@@ -127,15 +130,17 @@ class Pulse:
         tasks = [task for task in self._held() if not self._stuck(task)]
         ttl_s = max(1, int(self._beat_s * BEATS_PER_RQ_TTL))
         sent = time.monotonic()
-        registered, verdicts = self._broker.beat(self._card(), [task.hold for task in tasks], ttl_s)
-        for task, verdict in zip(tasks, verdicts, strict=True):
+        beaten = self._broker.beat(self._card(), [task.hold for task in tasks], ttl_s)
+        for task, verdict in zip(tasks, beaten.verdicts, strict=True):
             if verdict != "lost":
                 task.leased_at = sent
             if verdict != "ok":
                 task.verdict = verdict
-        if not registered:
+        if not beaten.registered:
             self._register()
         self._counting.tell()
+        if beaten.restart:
+            self._restart()
 
 
 def _take_preview(task: HeldTask) -> str:

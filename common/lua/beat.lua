@@ -1,6 +1,7 @@
--- Renews the leases of all of a worker's runs, keeps its card and RQ's registration fresh, and says which runs to drop.
+-- Renews the leases of all of a worker's runs, keeps its card and RQ's registration fresh, and says which runs to drop, and
+-- whether an operator wants it to make room for a fresh one.
 -- ARGV: worker, lease_ms, card (JSON), card_ttl_ms, rq_ttl_s, state (idle|busy), then id, fence …
--- Returns {registered (1|0), 'ok'|'cancel'|'lost' …}
+-- Returns {registered (1|0), restart (1|0), 'ok'|'cancel'|'lost' …}
 local worker, lease_ms = ARGV[1], tonumber(ARGV[2])
 local now = now_ms()
 redis.call('SET', K.CARD .. worker, ARGV[3], 'PX', ARGV[4])
@@ -11,7 +12,7 @@ if registered == 1 then
   redis.call('HSET', registration, 'last_heartbeat', iso(now), 'state', ARGV[6])
   redis.call('EXPIRE', registration, ARGV[5])
 end
-local verdicts = {registered}
+local verdicts = {registered, redis.call('EXISTS', K.RESTART .. worker)}
 for i = 7, #ARGV, 2 do
   local id = ARGV[i]
   local r = redis.call('HMGET', K.TASK .. id, 'status', 'fence', 'cancel', 'worker')

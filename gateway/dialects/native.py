@@ -49,7 +49,7 @@ from common.schemas import (
     Timings,
     WebhookView,
 )
-from gateway import admission, problems, requestlog
+from gateway import admission, answers, problems, requestlog
 from gateway.api import NO_STORE, Api, Query, TaskPath, json_answer
 from gateway.bodies import FilePart, Form
 from gateway.described import EVENT
@@ -132,18 +132,7 @@ def _add_submit(api: Api, gateway: Gateway) -> None:
             idempotency_key=header.idempotency_key or "",
             files=form.files,
         )
-        task_id = accepted.task_id
-        requestlog.about(task_id)
-        answer = SubmitAnswer(
-            task_id=task_id,
-            status=accepted.status,
-            status_url=f"/api/status/{task_id}",
-            events_url=f"/api/tasks/{task_id}/events",
-            cancel_url=f"/api/cancel/{task_id}",
-            position=accepted.position,
-            eta_seconds=accepted.eta_seconds,
-        )
-        return json_answer(answer, 202, {"Location": answer.status_url, **NO_STORE})
+        return answers.accepted(accepted)
 
 
 def _add_status(api: Api, gateway: Gateway) -> None:

@@ -376,6 +376,8 @@ NOT_SUBMITS = {
     "/api/workers/<name>/drain",
     "/api/workers/<name>/resume",
     "/api/workers/<name>/restart",
+    "/api/failed/requeue",
+    "/api/failed/purge",
 }
 
 

@@ -67,6 +67,8 @@ OPERATORS = {
     "/api/workers/{name}/drain",
     "/api/workers/{name}/resume",
     "/api/workers/{name}/restart",
+    "/api/failed/requeue",
+    "/api/failed/purge",
 }
 HEADERS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
 

@@ -36,7 +36,9 @@ CALLS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
         ("GET", "", {"If-None-Match": "*"}),
     ],
     "/api/cancel/<task_id>": [("POST", "", {})],
+    "/api/tasks/<task_id>/retry": [("POST", "", {})],
     "/api/tasks/<task_id>/events": [("GET", "", {}), ("GET", "", {"Last-Event-ID": "ended"})],
+    "/api/tasks/<task_id>/thumbnail": [("GET", "", {}), ("GET", "", {"If-None-Match": "*"})],
     "/view/<task_id>/<name>": [("GET", "", {}), ("GET", "?expires=99999999999&signature=0", {})],
 }
 

@@ -29,9 +29,11 @@ class Held:
         self.broker = broker
         self.tasks: list[HeldTask] = []
         self.registered = threading.Event()
+        self.asked_to_restart = threading.Event()
         self.pulse = Pulse(
-            card.name, broker, beat_s=0.1, card=lambda: card, held=lambda: self.tasks, register=self.registered.set
-        )
+            card.name, broker, beat_s=0.1, card=lambda: card, held=lambda: self.tasks, register=self.registered.set,
+            restart=self.asked_to_restart.set,
+        )  # fmt: skip
 
     def take(self) -> HeldTask:
         (claimed,) = self.broker.claim("w1", "cpu", ["simulated"], 1).tasks
@@ -58,6 +60,13 @@ def test_a_beating_worker_is_seen_and_keeps_its_lease(held: Held, submit: Submit
 
 def test_a_worker_that_rq_forgot_registers_again(held: Held) -> None:
     assert held.registered.wait(2)
+
+
+def test_a_worker_that_is_asked_to_restart_hears_it_and_no_other(held: Held, broker: Broker) -> None:
+    broker.restart("w2")
+    assert not held.asked_to_restart.wait(0.3)
+    broker.restart("w1")
+    assert held.asked_to_restart.wait(2)
 
 
 def test_progress_is_told_when_it_changes(held: Held, submit: SubmitFn) -> None:
