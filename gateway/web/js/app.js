@@ -34,7 +34,6 @@ async function route() {
   drawBar(name);
   document.title = `${page.title} · zfleet`;
   main.replaceChildren();
-  main.focus({ preventScroll: true });
   try {
     await page.show(main, account, signal, ...rest);
   } catch (error) {
@@ -72,7 +71,14 @@ export async function begin() {
   await route();
 }
 
-window.addEventListener("hashchange", route);
+window.addEventListener("hashchange", () => {
+  main.focus({ preventScroll: true }); // not at the start, where the first thing to reach is the way past the menu
+  route();
+});
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // "#main" is no page
+  main.focus();
+});
 window.addEventListener("unhandledrejection", (event) => {
   event.preventDefault();
   if (event.reason?.name !== "AbortError") tell(event.reason);

@@ -1,0 +1,131 @@
+"""What the page Fleet shows of states that a fleet rarely is in, told by a stream of the test's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import SIZES, Fleet, Visit
+from tests.browser.states import Stage, fleet_of, run, worker
+Staged = Callable[..., tuple[Page, Stage]]
+
+
+@pytest.fixture
+def staged(visit: Callable[..., Visit], fleet: Fleet) -> Staged:
+    """Open the page Fleet in a window of this size, with a stage."""
+
+    def opened(size: str = "desktop", **options: object) -> tuple[Page, Stage]:
+        seen = visit(size, **options)
+        stage = Stage(seen.page)
+        seen.sign_in(fleet.admin)
+        return seen.page, stage
+
+    return opened
+
+
+def test_the_verdict_says_in_a_line_how_the_fleet_is(staged: Staged) -> None:
+    page, stage = staged()
+    verdict = page.get_by_role("status", name="Verdict")
+    stage.tell(fleet_of(worker()))
+    expect(verdict).to_contain_text("Healthy 1 worker, with turbo in memory")
+    stage.tell(fleet_of(worker(), suspended=True))
+    expect(verdict).to_contain_text("The fleet is paused")
+    expect(verdict.get_by_role("strong")).to_have_text("Paused")
+    stage.tell(fleet_of(worker(), status="degraded", reasons=("GPUs lost: 1", "the disk is 91% full")))
+    expect(verdict.get_by_role("strong")).to_have_text("Degraded")
+    expect(verdict.get_by_role("listitem")).to_have_text(["GPUs lost: 1", "the disk is 91% full"])
+    stage.tell(fleet_of(worker(), status="unhealthy", reasons=("Redis does not answer",)))
+    expect(verdict.get_by_role("strong")).to_have_text("Unhealthy")
+
+
+def test_a_card_tells_what_a_worker_has_and_does(staged: Staged) -> None:
+    page, stage = staged()
+    stage.tell(fleet_of(worker(state="busy", runs=[run(3), run(0, 0, "1" * 32)])))
+    card = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name="node.gpu0.abc123"))
+    for text in (
+        "busy", "NVIDIA H100 80GB HBM3", "87 %", "20.0 GiB of 80.0 GiB", "61 °C", "611 W", "12,873", "1 d 6 h", "3.0 GiB",
+        "2 of 4", "turbo", "base", "3 / 8", "begins",
+    ):  # fmt: skip
+        expect(card).to_contain_text(text)
+    expect(card.get_by_role("progressbar", name="Task 0f3a9c1b")).to_have_attribute("value", "3")
+    expect(card.get_by_role("link", name="0f3a9c1b")).to_have_attribute("href", "#/tasks/" + "0f3a9c1b" * 4)
+    expect(card.get_by_title("base is loaded on first use")).to_be_visible()
+    stage.tell(fleet_of(worker(gpu=None, device="cpu", drained=True)))
+    expect(card).to_contain_text("drained")
+    expect(card.get_by_role("meter")).to_have_count(0)
+
+
+def test_a_worker_that_falls_silent_stays_and_says_so(staged: Staged) -> None:
+    page, stage = staged()
+    one, other = worker("node.gpu0.aaaaaa"), worker("node.gpu1.bbbbbb")
+    stage.tell(fleet_of(one, worker("node.gpu1.bbbbbb", seen_at=datetime.now(UTC) - timedelta(seconds=14))))
+    card = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name="node.gpu1.bbbbbb"))
+    expect(card).to_contain_text("Not heard of for 14 s")
+    stage.tell(fleet_of(one, other))
+    expect(card).not_to_contain_text("Not heard of")
+    stage.tell(fleet_of(one))
+    expect(card).to_contain_text("silent")
+    stage.tell(fleet_of(one, worker("node.gpu1.cccccc", state="loading")))  # who takes its place on that GPU
+    expect(card).to_have_count(0)
+    expect(page.get_by_role("heading", level=2, name="Workers")).to_have_text("Workers 1 idle, 1 loading")
+
+
+def test_news_takes_away_neither_focus_nor_place(staged: Staged) -> None:
+    page, stage = staged()
+    stage.tell(fleet_of(worker(runs=[run(1)])))
+    link = page.get_by_role("link", name="0f3a9c1b")
+    link.focus()
+    page.evaluate("window.element = document.activeElement")
+    top = page.evaluate("window.scrollY")
+    stage.tell(fleet_of(worker("node.gpu0.aaaaaa"), worker(runs=[run(5), run(2, 8, "2" * 32)])))
+    expect(page.get_by_text("5 / 8")).to_be_visible()
+    assert page.evaluate("document.activeElement === window.element && element.isConnected")
+    assert page.evaluate("window.scrollY") == top
+
+
+def test_a_stream_that_breaks_is_said_and_comes_back(staged: Staged) -> None:
+    page, stage = staged()
+    stage.tell(fleet_of(worker(state="busy")))
+    expect(page.get_by_text("live", exact=True)).to_be_visible()
+    page.route("**/health", lambda route: route.fulfill(body="<html>"))  # as of a proxy in front
+    stage.break_off()
+    expect(page.get_by_text("connection lost, trying again")).to_be_visible()
+    expect(page.get_by_role("status", name="Verdict")).to_contain_text("The gateway does not answer.")
+    expect(page.get_by_text("busy", exact=True)).to_be_visible()  # what was seen last stays, with its age
+    expect(page.get_by_text(", 2 s old")).to_be_visible()
+    page.unroute("**/health")
+    stage.mend()
+    expect(page.get_by_text("live", exact=True)).to_be_visible()
+    expect(page.get_by_role("status", name="Verdict")).to_contain_text("Healthy")
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_charts_are_read_by_pointer_keys_and_table(staged: Staged, size: str) -> None:
+    page, stage = staged(size)
+    chart = page.get_by_role("figure").filter(has_text="Time to image")
+    plot = chart.get_by_role("img")
+    expect(plot).to_have_accessible_name(
+        "Time to image, the last 15 minutes: p50: last 2.0 s, lowest 2.0 s, highest 2.0 s; "
+        "p95: last 6.0 s, lowest 6.0 s, highest 6.0 s. Arrow keys read single points."
+    )
+    assert plot.locator("path.line").count() == 4, "two lines, both broken where nothing is known"
+    assert {"0 s", "6 s"} <= set(plot.locator("text").all_text_contents())
+    box = plot.bounding_box()
+    assert box is not None
+    middle = 52 + (box["width"] - 60) * 35 / 90  # in the gap
+    (plot.hover if size == "desktop" else plot.tap)(position={"x": middle, "y": 60})
+    expect(chart.locator(".legend b")).to_have_text(["–", "–"])
+    plot.focus()
+    page.keyboard.press("End")
+    expect(chart.get_by_role("status")).to_contain_text(": 2.0 s, 6.0 s")
+    page.keyboard.press("Tab")
+    expect(chart.locator(".legend b")).to_have_text(["2.0 s", "6.0 s"])
+    chart.get_by_text("Table", exact=False).first.click()
+    expect(chart.get_by_role("row")).to_have_count(91)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.get_by_label("7 d").check()
+    expect(plot).to_have_accessible_name(re.compile("the last 7 days"))

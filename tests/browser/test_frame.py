@@ -1,0 +1,87 @@
+"""What all pages have in common: themes, contrast, keyboard, weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Fleet, Visit
+
+WEB = Path(__file__).parents[2] / "gateway" / "web"
+MOST_BYTES = 200_000
+INKS = ("ink", "faint", "accent", "good", "warn", "bad", "second")
+
+
+def tokens() -> dict[str, tuple[str, str]]:
+    """The colours of app.css, light and dark."""
+    found = re.findall(r"--([a-z-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\)", (WEB / "app.css").read_text())
+    return {name: (light, dark) for name, light, dark in found}
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, as WCAG 2 defines it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    darker, lighter = sorted([luminance(one), luminance(other)])
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_texts_and_lines_can_be_told_from_what_is_behind_them(theme: int) -> None:
+    colours = {name: pair[theme] for name, pair in tokens().items()}
+    pairs = [(ink, ground) for ink in INKS for ground in ("paper", "card")] + [("on-accent", "accent")]
+    assert {pair: contrast(colours[pair[0]], colours[pair[1]]) for pair in pairs if
+            contrast(colours[pair[0]], colours[pair[1]]) < 4.5} == {}  # fmt: skip
+    assert contrast(colours["accent"], colours["track"]) >= 3, "bars, as WCAG 2.1 wants it of graphics"
+
+
+def test_pages_have_no_colours_but_the_tokens() -> None:
+    sheets = [path for path in WEB.rglob("*.css") if path.name != "app.css"]
+    assert [path.name for path in sheets if re.search(r"#[0-9a-f]{3,8}\b|rgb|hsl", path.read_text())] == []
+
+
+def test_a_theme_is_chosen_and_kept(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen = visit(color_scheme="light")
+    seen.sign_in(fleet.tenant)
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = seen.page.evaluate(background)
+    button = seen.page.get_by_role("button", name="Theme: auto")
+    button.press("Enter")
+    seen.page.get_by_role("button", name="Theme: light").press("Enter")
+    expect(seen.page.get_by_role("button", name="Theme: dark")).to_be_focused()
+    assert seen.page.evaluate(background) != light
+    seen.page.reload()
+    expect(seen.page.get_by_role("button", name="Theme: dark")).to_be_visible()
+    assert seen.page.evaluate(background) != light
+
+
+def test_the_keyboard_comes_first_to_the_content(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen = visit(reduced_motion="reduce")
+    seen.sign_in(fleet.admin)
+    seen.page.reload()
+    seen.page.get_by_role("heading", level=1).wait_for()
+    seen.page.keyboard.press("Tab")
+    expect(seen.page.get_by_role("link", name="Skip to content")).to_be_focused()
+    assert seen.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    seen.page.keyboard.press("Enter")
+    expect(seen.page.get_by_role("main")).to_be_focused()
+    expect(seen.page.get_by_role("heading", level=1)).to_have_text("Fleet")
+    assert seen.page.evaluate("document.documentElement.lang") == "en"
+
+
+def test_all_pages_together_weigh_little(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen, sizes = visit(), {}
+    seen.page.on("response", lambda answer: sizes.update({answer.url: len(answer.body())}) if "/web/" in answer.url else None)
+    seen.sign_in(fleet.admin)
+    for name in ("Fleet", "Tasks", "Playground", "Operate"):
+        seen.go(name)
+    assert len(sizes) > 10
+    assert sum(sizes.values()) < MOST_BYTES
