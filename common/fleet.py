@@ -39,7 +39,7 @@ class Run(Wire):
 class WorkerView(WorkerCard):
     """A worker as it last described itself, and what it is at."""
 
-    runs: Sequence[Run] = Field(description="The tasks it holds, which `running` names.")
+    runs: Sequence[Run] = Field(description="The tasks it holds now; `running` is as old as its last beat.")
 
 
 class Recent(Wire):

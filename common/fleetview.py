@@ -156,10 +156,17 @@ class FleetView(Link):
 
         return self._patiently(read)
 
-    def runs(self, task_ids: Sequence[str]) -> dict[str, Run]:
-        """Return how far these tasks are, by id; those that run no more are left out."""
-        rows = zip(task_ids, self._fields_of(task_ids, RUN), strict=True)
-        return {task_id: run for task_id, fields in rows if (run := running(task_id, fields))}
+    def runs(self) -> dict[str, list[Run]]:
+        """Return for each worker the tasks it holds and how far they are, those that began first in front.
+
+        By the leases: a worker's card is as old as its last beat.
+        """
+        ids: list[str] = self._patiently(lambda: self._redis.zrange(keys.LEASES, 0, -1))
+        found: dict[str, list[Run]] = {}
+        for task_id, (worker, *fields) in zip(ids, self._fields_of(ids, ("worker", *RUN)), strict=True):
+            if worker and (run := running(task_id, fields)):
+                found.setdefault(worker, []).append(run)
+        return {worker: sorted(runs, key=lambda run: run.started_at) for worker, runs in found.items()}
 
     def limits(self, model: str) -> Limits:
         """Return what the live workers can do with this model, as of the last two seconds."""

@@ -52,11 +52,10 @@ class Overview:
 
     def views(self, cards: Sequence[WorkerCard]) -> list[WorkerView]:
         """Return the workers with what they are at; raises RedisUnavailable."""
-        runs = self._broker.runs([task_id for card in cards for task_id in card.running])
+        runs = self._broker.runs()
         return [
             WorkerView(
-                **{name: getattr(card, name) for name in WorkerCard.model_fields},
-                runs=[runs[task_id] for task_id in card.running if task_id in runs],
+                **{name: getattr(card, name) for name in WorkerCard.model_fields}, runs=runs.get(card.name, ())
             )
             for card in cards
         ]

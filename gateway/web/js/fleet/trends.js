@@ -46,6 +46,7 @@ export function trends(signal) {
       charts.forEach((chart) => chart.draw(history, seconds, words));
       say(wrong, "");
     } catch (error) {
+      if (error.status === 401) throw error;
       if (!signal.aborted) say(wrong, `The history cannot be read: ${error.message}`);
     }
   };

@@ -25,6 +25,7 @@ export function stateOf(card, at) {
   if (card.gone) return card.state === "draining" ? "ended" : "silent";
   if (age(card.seen_at, at) > SILENT_S) return "silent";
   if (card.drained && card.state !== "lost") return card.runs.length || card.state === "draining" ? "draining" : "drained";
+  if (["idle", "busy"].includes(card.state)) return card.runs.length ? "busy" : "idle"; // its own word is as old as its last beat
   return card.state;
 }
 
