@@ -6,6 +6,7 @@ The stream stands in for GET /api/fleet/events within the page, so that a test s
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -35,9 +36,10 @@ POINTS = 90
 class Stage:
     """A page whose fleet is what the test says."""
 
-    def __init__(self, page: Page) -> None:
+    def __init__(self, page: Page, past: Callable[[str], dict[str, Any]] | None = None) -> None:
+        """`past` makes the history of a window; `history` unless given."""
         self._page = page
-        self.histories = 0
+        self._past = past or history
         page.add_init_script(STREAM)
         page.route("**/api/history?window=*", self._history)
 
@@ -52,8 +54,7 @@ class Stage:
         self._page.evaluate("window.mendStream()")
 
     def _history(self, route: Route) -> None:
-        self.histories += 1
-        route.fulfill(json=history(route.request.url.partition("window=")[2]))
+        route.fulfill(json=self._past(route.request.url.partition("window=")[2]))
 
 
 def worker(name: str = "node.gpu0.abc123", **changes: Any) -> dict[str, Any]:
@@ -77,7 +78,9 @@ def run(step: int, steps: int = 8, task_id: str = "0f3a9c1b" * 4) -> dict[str, A
     return {"task_id": task_id, "tenant": "acme", "model": "turbo", "step": step, "steps": steps, "started_at": started}
 
 
-def fleet_of(*workers: dict[str, Any], status: str = "healthy", reasons: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
+def fleet_of(
+    *workers: dict[str, Any], status: str = "healthy", reasons: tuple[str, ...] = (), **changes: Any
+) -> dict[str, Any]:
     """A state of the fleet as GET /api/fleet has it."""
     health = {
         "status": status, "reasons": reasons, "uptime_seconds": 1.0, "gpu_memory_used_mb": 1, "pending_tasks": 0,

@@ -11,6 +11,7 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import SIZES, Fleet, Visit
 from tests.browser.states import Stage, fleet_of, run, worker
+
 Staged = Callable[..., tuple[Page, Stage]]
 
 

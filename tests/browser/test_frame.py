@@ -79,7 +79,9 @@ def test_the_keyboard_comes_first_to_the_content(visit: Callable[..., Visit], fl
 
 def test_all_pages_together_weigh_little(visit: Callable[..., Visit], fleet: Fleet) -> None:
     seen, sizes = visit(), {}
-    seen.page.on("response", lambda answer: sizes.update({answer.url: len(answer.body())}) if "/web/" in answer.url else None)
+    seen.page.on(
+        "response", lambda answer: sizes.update({answer.url: len(answer.body())}) if "/web/" in answer.url else None
+    )
     seen.sign_in(fleet.admin)
     for name in ("Fleet", "Tasks", "Playground", "Operate"):
         seen.go(name)

@@ -12,7 +12,6 @@ const WINDOWS = {
   "6h": [6 * 3600, "6 h", "6 hours"],
   "7d": [7 * 86_400, "7 d", "7 days"],
 };
-const LEAST_S = 3;
 const MOST_S = 60;
 
 const perMinute = (name) => (point, history) => (point[name] === null ? null : (point[name] * 60) / history.step_seconds);
@@ -60,6 +59,6 @@ export function trends(signal) {
     h("div", { class: "row spread" }, h("h2", { id: "trends" }, "Trends"),
       h("fieldset", { class: "choice" }, h("legend", { class: "visually-hidden" }, "Over"), Object.keys(WINDOWS).map(choice))),
     wrong, h("div", { class: "charts" }, charts.map((chart) => chart.element)));
-  const follow = () => repeat(load, () => Math.min(MOST_S, Math.max(LEAST_S, step / 2)), signal);
+  const follow = () => repeat(load, () => Math.min(MOST_S, step), signal);
   return { element, follow };
 }

@@ -1,0 +1,218 @@
+"""The page Operate over a real fleet: each button does what it says, and says how it went."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+from rq import suspension
+
+from common.schemas import TaskStatus
+from tests.browser.conftest import SIZES, Fleet, Visit
+from tests.browser.test_fleet_page import rq_of, submit
+from tests.fleet import await_final, ready_workers, record
+from tests.servers import eventually
+from tests.tenants import new_key
+from tests.unit.gateway.fake_worker import FakeWorker
+
+STOPS_WITHIN_S = 2.0
+
+
+@pytest.fixture
+def operate(visit: Callable[..., Visit], fleet: Fleet) -> Iterator[Callable[..., Page]]:
+    """Open the page Operate in a window of this size. Afterwards the fleet goes on, whatever became of the test."""
+
+    def opened(size: str = "desktop") -> Page:
+        seen = visit(size)
+        seen.sign_in(fleet.admin)
+        seen.go("Operate")
+        expect(seen.page.get_by_role("heading", level=1)).to_have_text("Operate")
+        return seen.page
+
+    yield opened
+    fleet.broker.resume()
+    for card in fleet.broker.workers():
+        fleet.broker.undrain(card.name)
+
+
+def section(page: Page, name: str) -> Locator:
+    return page.get_by_role("region", name=name, exact=True)
+
+
+def told(part: Locator) -> Locator:
+    """The line in which a section says how something went."""
+    return part.locator("p.outcome")
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_pausing_stops_claims_within_two_seconds(operate: Callable[..., Page], fleet: Fleet, size: str) -> None:
+    page = operate(size)
+    part = section(page, "Fleet")
+    expect(part).to_contain_text("Running")
+    ids = submit(fleet, 30)
+    part.get_by_role("button", name="Pause the fleet").press("Enter")
+    expect(told(part)).to_have_text("The fleet is paused: no task is begun until it is resumed.")
+    expect(part.get_by_role("button", name="Resume the fleet")).to_be_focused()
+    time.sleep(STOPS_WITHIN_S)
+    began = sum(record(fleet.broker, task_id).status is not TaskStatus.QUEUED for task_id in ids)
+    time.sleep(0.7)  # in which two workers would begin four
+    assert sum(record(fleet.broker, task_id).status is not TaskStatus.QUEUED for task_id in ids) == began < len(ids)
+    with rq_of(fleet) as connection:
+        assert suspension.is_suspended(connection)
+        part.get_by_role("button", name="Resume the fleet").press("Enter")
+        expect(part).to_contain_text("Running")
+        assert not suspension.is_suspended(connection)
+        await_final(fleet.broker, ids)
+        suspension.suspend(connection)  # by RQ's own tools: the page shows it
+        expect(part).to_contain_text("Paused")
+        suspension.resume(connection)
+    expect(part.get_by_role("button", name="Pause the fleet")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_worker_is_drained_and_works_again(operate: Callable[..., Page], fleet: Fleet) -> None:
+    page = operate()
+    part = section(page, "Workers")
+    name, other = (card.name for card in ready_workers(fleet.broker, 2)[:2])
+    part.get_by_role("button", name=f"Drain {name}").click()
+    expect(told(part)).to_have_text(f"{name} claims nothing more until it is resumed.")
+    expect(part.get_by_role("listitem").filter(has_text=name)).to_contain_text("drained")
+    tasks = await_final(fleet.broker, submit(fleet, 4))
+    assert {task.attempts[0].worker for task in tasks} == {other}
+    part.get_by_role("button", name=f"Resume {name}").click()
+    expect(told(part)).to_have_text(f"{name} takes tasks again.")
+    expect(part.get_by_role("button", name=f"Drain {name}")).to_be_visible()
+
+
+def test_a_worker_is_started_anew(operate: Callable[..., Page], fleet: Fleet) -> None:
+    page = operate()
+    part = section(page, "Workers")
+    card = ready_workers(fleet.broker, 2)[0]
+    part.get_by_role("button", name=f"Restart {card.name}").click()
+    dialog = page.get_by_role("dialog", name=f"Restart {card.name}?")
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(part.get_by_role("button", name=f"Restart {card.name}")).to_be_focused()
+    part.get_by_role("button", name=f"Restart {card.name}").click()
+    dialog.get_by_role("button", name="Restart").click()
+    expect(told(part)).to_contain_text("is started anew.")
+    slot = card.name.rpartition(".")[0]
+    expect(
+        part.get_by_role("button", name=re.compile(rf"Restart {slot}\.(?!{card.name.rpartition('.')[2]})"))
+    ).to_be_visible(timeout=20_000)
+    ready_workers(fleet.broker, 2)
+
+
+@pytest.fixture
+def failed(fleet: Fleet) -> list[str]:
+    """Three tasks that a worker has failed, which the others would not have."""
+    for card in fleet.broker.workers():
+        fleet.broker.drain(card.name)
+    ids = submit(fleet, 3)
+    worker = FakeWorker(fleet.broker, name="elsewhere.gpu0.abc123")
+    for task in worker.take(3):
+        worker.fail(task)
+    assert {record(fleet.broker, task_id).status for task_id in ids} == {TaskStatus.FAILED}
+    for card in fleet.broker.workers():
+        fleet.broker.undrain(card.name)
+    return ids
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_failed_tasks_are_requeued_and_purged(
+    operate: Callable[..., Page], fleet: Fleet, failed: list[str], size: str
+) -> None:
+    page = operate(size)
+    part = section(page, "Failed tasks")
+    part.get_by_label("Tenant").fill("acme")
+    part.get_by_label("Model").select_option("simulated")
+    part.get_by_role("button", name="Requeue …").click()
+    dialog = page.get_by_role("dialog", name="Requeue 3 tasks of simulated of the tenant acme?")
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(told(part)).to_have_text("Nothing was changed.")
+    part.get_by_role("button", name="Requeue …").click()
+    dialog.get_by_role("button", name="Requeue").click()
+    expect(told(part)).to_have_text("3 tasks requeued.")
+    newest, _ = fleet.broker.tasks("acme", status=None, limit=3, before=None)
+    assert {task.retry_of for task in newest} == set(failed)
+    done = await_final(fleet.broker, [task.task_id for task in newest])
+    assert {task.status for task in done} == {TaskStatus.SUCCEEDED}
+    part.get_by_role("button", name="Purge …").click()
+    dialog = page.get_by_role("dialog", name="Purge 3 tasks of simulated of the tenant acme?")
+    expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
+    dialog.get_by_role("button", name="Purge").click()
+    expect(told(part)).to_have_text("3 tasks purged.")
+    assert [fleet.broker.view(task_id) for task_id in failed] == [None] * 3
+    part.get_by_role("button", name="Purge …").click()
+    expect(told(part)).to_have_text("There are none.")
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_key_is_made_shown_once_rotated_and_revoked(operate: Callable[..., Page], fleet: Fleet, size: str) -> None:
+    page = operate(size)
+    part = section(page, "API keys")
+    part.get_by_role("button", name="New key …").click()
+    dialog = page.get_by_role("dialog", name="New API key")
+    tenant = f"studio-{size}"
+    dialog.get_by_label("Tenant").fill(tenant)
+    for label, value in {"Rate": "20/m", "Share": "2.5", "Most queued": "50", "Most running": "2"}.items():
+        dialog.get_by_label(label).fill(value)
+    dialog.get_by_label("Highest priority").select_option("normal")
+    dialog.get_by_label("Ends").select_option("in 30 days")
+    dialog.get_by_role("button", name="Make the key").click()
+    shown = page.get_by_role("dialog", name=f"The new key of {tenant}")
+    made = shown.get_by_label("The new key").input_value()
+    shown.get_by_role("button", name="I have kept it").click()
+    key_id = made.split("_")[1]
+    key = fleet.broker.key(key_id)
+    assert key is not None and key.expires_at is not None
+    assert (key.tenant, key.admin, key.rate, key.max_queued, key.max_running) == (tenant, False, "20/m", 50, 2)
+    assert (key.priority_max, (key.expires_at - key.created_at).days) == ("normal", 30)
+    assert fleet.broker.shares()[tenant] == 2.5
+    assert made.split("_")[2] not in page.content()
+    row = part.get_by_role("row").filter(has_text=key_id)
+    for text in (tenant, "active", "to normal", "20/m", "50", "2.5"):
+        expect(row).to_contain_text(text)
+    part.get_by_role("button", name=f"Rotate {key_id}").click()
+    dialog = page.get_by_role("dialog", name="Rotate a key")
+    dialog.get_by_label("The old one still works").select_option("for an hour")
+    dialog.get_by_role("button", name="Make the new key").click()
+    shown.get_by_role("button", name="I have kept it").click()
+    expect(row).to_contain_text("retiring")
+    part.get_by_role("button", name=f"Revoke {key_id}").click()
+    page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+    expect(told(part)).to_have_text(f"The key {key_id} is revoked.")
+    expect(row).to_contain_text("revoked")
+    expect(row.get_by_role("button")).to_have_count(0)
+
+
+def test_a_new_key_is_copied(operate: Callable[..., Page], fleet: Fleet) -> None:
+    page = operate()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    old = new_key(fleet.broker, "copied").split("_")[1]
+    page.reload()
+    section(page, "API keys").get_by_role("button", name=f"Rotate {old}").click()
+    page.get_by_role("dialog").get_by_role("button", name="Make the new key").click()
+    shown = page.get_by_role("dialog", name="The new key of copied")
+    expect(shown.get_by_label("The new key")).to_be_focused()
+    shown.get_by_role("button", name="Copy").click()
+    expect(shown).to_contain_text("Copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == shown.get_by_label("The new key").input_value()
+
+
+def test_what_the_gateway_refuses_is_said_as_it_says_it(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen = visit()
+    seen.sign_in(fleet.admin)
+    seen.go("Operate")
+    section(seen.page, "API keys").get_by_role("button", name="New key …").click()
+    dialog = seen.page.get_by_role("dialog", name="New API key")
+    dialog.get_by_label("Tenant").fill("acme")
+    dialog.get_by_label("Most queued").evaluate("entry => { entry.min = -9; entry.value = -7; }")
+    dialog.get_by_role("button", name="Make the key").click()
+    expect(told(dialog)).to_have_text(re.compile("max_queued: .*greater"))
+    (refused,) = seen.errors
+    assert "422" in refused
+    seen.errors.clear()  # a browser tells of any such answer
