@@ -147,13 +147,16 @@ export function formOf({ models, templates, account, buttons, submit }) {
     touched.add(target.name);
     tell(check(read(), model()), touched);
   };
+  const mended = ({ target }) => {
+    if (target.hasAttribute("aria-invalid")) tell(check(read(), model()), touched);
+  };
   const hurry = (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault();
     element.requestSubmit();
   };
   const { prompt, negative_prompt: negative, steps, guidance_scale: guidance, n, format, priority } = fields;
-  const element = h("form", { class: "card stack play", noValidate: true, onchange: changed, onkeydown: hurry, onsubmit: (event) => {
+  const element = h("form", { class: "card stack play", noValidate: true, onchange: changed, oninput: mended, onkeydown: hurry, onsubmit: (event) => {
     event.preventDefault();
     submit();
   } },
