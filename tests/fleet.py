@@ -13,11 +13,11 @@ from tests.conftest import resolved
 from tests.servers import eventually
 
 
-def submit_many(broker: Broker, count: int, **changes: object) -> list[str]:
+def submit_many(broker: Broker, count: int, *, tenant: str = "default", **changes: object) -> list[str]:
     """Submit so many tasks and return their ids."""
     ids = [secrets.token_hex(16) for _ in range(count)]
     for task_id in ids:
-        broker.submit(NewTask(task_id=task_id, tenant="default", request=resolved(**changes)))
+        broker.submit(NewTask(task_id=task_id, tenant=tenant, request=resolved(**changes)))
     return ids
 
 

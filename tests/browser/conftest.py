@@ -32,8 +32,9 @@ pipeline = "simulated"
 width = 64
 height = 64
 min_side = 16
+steps = 40
 max_batch = 1
-options = { image_ms = 8000, faults = true }
+options = { image_ms = 20000, faults = true }
 """  # time enough to look at a task that runs; and it fails for prompts that say so
 
 

@@ -2,13 +2,15 @@
 
 import { h } from "../dom.js";
 import { area, choice, entry, field, numberOf } from "./fields.js";
-import { check, presets } from "./limits.js";
+import { check, fits, presets } from "./limits.js";
 
 const PRIORITIES = ["high", "normal", "low"];
 const FREE = "free";
 const OWN = [
   "template", "values", "prompt", "negative_prompt", "model", "width", "height", "steps", "guidance_scale", "seed", "n", "format", "priority", "preview",
 ];
+
+const FREE_PROMPT = { title: { en: "Prompt", zh: "Prompt" }, default: null };
 
 const both = ({ en, zh }) => (en === zh ? en : `${en} · ${zh}`);
 
@@ -25,7 +27,6 @@ export function formOf({ models, templates, account, buttons, submit }) {
   const seed = h("div", {}, fields.seed.element, h("label", { class: "row check" }, random, "Random"));
   let values = []; // fields of the chosen template's placeholders
   let extra = {}; // fields of a filled-in request that have no place in the form
-  const touched = new Set();
 
   const model = () => models.find(({ name }) => name === fields.model.control.value);
   const template = () => templates.find(({ name }) => name === fields.template.control.value);
@@ -46,8 +47,10 @@ export function formOf({ models, templates, account, buttons, submit }) {
   }
 
   function setSize(width, height) {
-    const known = presets(model()).some(([x, y]) => x === width && y === height);
-    fields.size.control.value = known ? `${width}x${height}` : FREE;
+    const { control } = fields.size;
+    const [value, known] = [`${width}x${height}`, fits(model(), width, height)];
+    if (known && ![...control.options].some((option) => option.value === value)) control.prepend(new Option(`${width} × ${height}`, value));
+    control.value = known ? value : FREE;
     [fields.width.control.value, fields.height.control.value] = [width, height];
     size.hidden = known;
   }
@@ -56,13 +59,15 @@ export function formOf({ models, templates, account, buttons, submit }) {
     const chosen = template();
     const own = (chosen?.placeholders ?? []).filter(({ name }) => name !== "prompt");
     values = own.map(({ name, title, default: usual }) => {
-      const made = field(`values.${name}`, both(title), h("input", { type: "text", value: given[name] ?? usual ?? "", autocomplete: "off" }));
-      return { ...made, of: name };
+      const text = h("input", { type: "text", value: given[name] ?? "", placeholder: usual ?? "", required: usual === null, autocomplete: "off" });
+      return { ...field(`values.${name}`, both(title), text), of: name };
     });
     places.replaceChildren(...values.map(({ element }) => element));
     about.textContent = chosen ? both(chosen.description) : "";
-    const asked = !chosen || chosen.placeholders.some(({ name }) => name === "prompt");
-    fields.prompt.element.hidden = !asked;
+    const prompt = chosen ? chosen.placeholders.find(({ name }) => name === "prompt") : FREE_PROMPT;
+    fields.prompt.element.hidden = !prompt;
+    fields.prompt.element.querySelector("label > span").textContent = prompt ? both(prompt.title) : "";
+    Object.assign(fields.prompt.control, { placeholder: prompt?.default ?? "What to paint, in any language", required: prompt?.default === null });
     fields.negative_prompt.control.placeholder = chosen?.negative_prompt ?? "";
     if (chosen && models.some(({ name }) => name === chosen.model)) {
       fields.model.control.value = chosen.model;
@@ -76,8 +81,8 @@ export function formOf({ models, templates, account, buttons, submit }) {
     const text = (name) => fields[name].control.value;
     const [width, height] = text("size") === FREE ? [numberOf(fields.width.control), numberOf(fields.height.control)] : text("size").split("x").map(Number);
     const request = {
-      ...(chosen ? { template: chosen.name, values: Object.fromEntries(values.map(({ of, control }) => [of, control.value])) } : {}),
-      ...(fields.prompt.element.hidden ? {} : { prompt: text("prompt") }),
+      ...(chosen ? { template: chosen.name, values: Object.fromEntries(values.filter(({ control }) => control.value.trim()).map(({ of, control }) => [of, control.value])) } : {}),
+      prompt: fields.prompt.element.hidden || !text("prompt").trim() ? undefined : text("prompt"),
       negative_prompt: text("negative_prompt").trim() ? text("negative_prompt") : undefined,
       model: text("model"), width, height,
       steps: numberOf(fields.steps.control), guidance_scale: numberOf(fields.guidance_scale.control),
@@ -88,27 +93,35 @@ export function formOf({ models, templates, account, buttons, submit }) {
     return Object.fromEntries(Object.entries(request).filter(([, value]) => value !== undefined));
   }
 
+  const wrong = (found) => check(found, model(), [fields.prompt, ...values].filter(({ control, element: shown }) => control.required && !shown.hidden).map(({ name }) => name));
+
   /** Show what is wrong, each at its field, the rest above the buttons; return whether nothing is. */
-  function tell(errors, only = null) {
+  function tell(errors) {
     const left = [...errors];
     for (const one of all()) {
       const mine = left.filter(({ loc }) => loc === one.name || (one.name === "size" && size.hidden && ["width", "height"].includes(loc)));
       for (const error of mine) left.splice(left.indexOf(error), 1);
-      if (!only || only.has(one.name)) one.tell(mine.map(({ msg }) => msg).join("; "));
+      one.tell(mine.map(({ msg }) => msg).join("; "));
     }
-    if (!only) general.textContent = left.map(({ loc, msg }) => (loc ? `${loc}: ${msg}` : msg)).join("; ");
-    if (errors.length && !only) (element.querySelector("[aria-invalid]") ?? fields.prompt.control).focus();
+    general.textContent = left.map(({ loc, msg }) => (loc ? `${loc}: ${msg}` : msg)).join("; ");
+    if (errors.length) (element.querySelector("[aria-invalid]") ?? fields.prompt.control).focus();
     return errors.length === 0;
   }
 
+  /** Take back what was wrong and is no longer. New errors wait for the next submit: a form that grows as its reader
+   *  leaves a field moves its buttons away under the pointer. */
+  function mended() {
+    const still = new Set(wrong(read()).map(({ loc }) => loc));
+    for (const one of all()) if (!still.has(one.name)) one.tell("");
+  }
+
   function request() {
-    for (const { name } of all()) touched.add(name);
     const found = read();
-    return tell(check(found, model())) ? found : null;
+    return tell(wrong(found)) ? found : null;
   }
 
   function fill(given) {
-    fields.template.control.value = template({}) && templates.some(({ name }) => name === given.template) ? given.template : "";
+    fields.template.control.value = templates.some(({ name }) => name === given.template) ? given.template : "";
     setTemplate(given.values);
     if (models.some(({ name }) => name === given.model)) fields.model.control.value = given.model;
     setModel({ ...model(), ...given });
@@ -144,11 +157,7 @@ export function formOf({ models, templates, account, buttons, submit }) {
       if (target.value !== FREE) setSize(...target.value.split("x").map(Number));
     }
     if (target === random) keepSeed(random.checked ? undefined : (numberOf(fields.seed.control) ?? 0));
-    touched.add(target.name);
-    tell(check(read(), model()), touched);
-  };
-  const mended = ({ target }) => {
-    if (target.hasAttribute("aria-invalid")) tell(check(read(), model()), touched);
+    mended();
   };
   const hurry = (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
@@ -160,8 +169,8 @@ export function formOf({ models, templates, account, buttons, submit }) {
     event.preventDefault();
     submit();
   } },
-    templates.length > 0 && h("div", {}, fields.template.element, about, places),
-    prompt.element, negative.element,
+    templates.length > 0 && h("div", {}, fields.template.element, about),
+    prompt.element, places, negative.element,
     h("div", { class: "pair" }, fields.model.element, fields.size.element), size,
     h("div", { class: "pair" }, steps.element, guidance.element),
     h("div", { class: "pair" }, seed, n.element),

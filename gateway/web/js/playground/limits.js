@@ -5,7 +5,8 @@ const SEED_MAX = Number.MAX_SAFE_INTEGER;
 const GUIDANCE_MAX = 20;
 const PROMPT_MAX = 16_000;
 
-const fits = (model, width, height) =>
+/** Whether a model can make a picture of this size. */
+export const fits = (model, width, height) =>
   [width, height].every((side) => side >= model.min_side && side <= model.max_side && side % model.size_multiple === 0) && width * height <= model.max_pixels;
 
 /** Return sizes as [width, height]: the model's own, common shapes of as many pixels, and the largest square. */
@@ -21,8 +22,9 @@ export function presets(model) {
   return [...new Map(all.map((size) => [size.join("x"), size])).values()];
 }
 
-/** Return what is wrong with a request as {loc, msg}, as the gateway would; NaN stands for what is no number. */
-export function check(request, model) {
+/** Return what is wrong with a request as {loc, msg}, as the gateway would; NaN stands for what is no number.
+ *  `needed` are the texts that it cannot do without: "prompt", "values.NAME". */
+export function check(request, model, needed) {
   const errors = [];
   const refuse = (loc, msg) => errors.push({ loc, msg });
   const range = (name, least, most, whole = true) => {
@@ -30,7 +32,8 @@ export function check(request, model) {
     if (value === undefined) return;
     if (!(value >= least && value <= most) || (whole && !Number.isInteger(value))) refuse(name, `must be ${whole ? "a whole number " : ""}from ${least} to ${most}`);
   };
-  if (request.prompt !== undefined && !request.prompt.trim()) refuse("prompt", "is required");
+  const given = { prompt: request.prompt, ...Object.fromEntries(Object.entries(request.values ?? {}).map(([name, text]) => [`values.${name}`, text])) };
+  for (const name of needed) if (!given[name]?.trim()) refuse(name, "is required");
   for (const name of ["prompt", "negative_prompt"]) {
     if ([...(request[name] ?? "")].length > PROMPT_MAX) refuse(name, `must have at most ${PROMPT_MAX} characters`);
   }

@@ -63,7 +63,7 @@ function figure(task, image, index, signal, under) {
   const canvas = h("div", { class: "canvas" }, shown);
   frame(canvas, image.width, image.height);
   const element = h("figure", {}, canvas, h("figcaption", {}, h("span", { class: "faint number" }, facts), actions));
-  picture(local(image.url), signal).then((blob) => {
+  picture(`${local(image.url)}?via=gateway`, signal).then((blob) => {
     const url = URL.createObjectURL(blob);
     signal.addEventListener("abort", () => URL.revokeObjectURL(url));
     shown.src = open.href = save.href = url;

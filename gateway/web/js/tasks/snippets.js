@@ -28,8 +28,7 @@ export function asCurl(request) {
 
 /** Return a Python program that submits the request, waits, and saves the pictures here. */
 export function asPython(request) {
-  const { prompt, ...fields } = request;
-  const given = Object.entries({ prompt: prompt ?? "", ...fields }).map(([name, value]) => `        ${name}=${literal(value)},\n`);
+  const given = Object.entries(request).map(([name, value]) => `        ${name}=${literal(value)},\n`);
   const auth = key.get() ? ', api_key=os.environ["ZFLEET_API_KEY"]' : "";
   return `${key.get() ? "import os\n" : ""}from pathlib import Path
 
