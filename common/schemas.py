@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
 
 from common.loras import LORAS_MAX, LoraChoice
 
@@ -16,6 +17,8 @@ SEED_MAX = 2**53 - 1  # the largest integer that every JSON client reads back un
 METADATA_MAX_ENTRIES = 16
 PICTURES_JSON_MAX_BYTES = 32 * 1024 * 1024  # of a body with pictures in base64; a form is better for larger ones
 REFERENCES_MAX = 4  # pictures that an edit may look at
+VALUES_MAX_ENTRIES = 16  # placeholders of a prompt template
+VALUE_MAX_CHARS = 1_000
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")  # served in this order
@@ -62,9 +65,17 @@ def _readable(text: str | None) -> str | None:
     return text
 
 
+def _never_null(field: dict[str, Any]) -> None:
+    """Describe a field that may be left out as what it is where it is given."""
+    field |= field.pop("anyOf")[0]
+    del field["default"]
+
+
 Prompt = Annotated[str, StringConstraints(max_length=PROMPT_MAX_CHARS)]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+PlaceholderName = Annotated[str, StringConstraints(min_length=1, max_length=32)]
+PlaceholderValue = Annotated[str, StringConstraints(max_length=VALUE_MAX_CHARS), AfterValidator(_readable)]
 
 
 # A handle of POST /api/images, or a picture itself: base64 of a PNG, JPEG or WebP file, or a data: URL of one
@@ -103,11 +114,28 @@ class WebhookView(Wire):
 
 
 class GenerateRequest(Wire):
-    """What a client asks for. Every field but the prompt may be left to the model's defaults."""
+    """What a client asks for. Every field but the prompt may be left to the model's defaults, that to a template."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        protected_namespaces=(),
+        json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["template"]}]},
+    )
 
-    prompt: Prompt = Field(min_length=1, description="What to paint, in any language.", examples=["a red circle"])
+    template: str | None = Field(default=None, max_length=64, description="A prompt template of /api/templates.")
+    values: dict[PlaceholderName, PlaceholderValue] = Field(
+        default_factory=dict, max_length=VALUES_MAX_ENTRIES, description="What stands for the template's placeholders."
+    )
+    prompt: Prompt | None = Field(
+        default=None,
+        validate_default=True,
+        min_length=1,
+        description="What to paint, in any language; what stands for {prompt} in a template that has that.",
+        examples=["a red circle"],
+        json_schema_extra=_never_null,
+    )
     negative_prompt: Prompt | None = Field(default=None, description="What to keep out; needs guidance_scale > 0.")
     model: str | None = Field(default=None, max_length=32, description="An alias of /api/models; the fleet's default.")
     width: int | None = Field(default=None, description="Pixels, a multiple of 16 within the model's limits.")
@@ -137,7 +165,6 @@ class GenerateRequest(Wire):
     format: ImageFormat = "webp"
     quality: int = Field(default=85, ge=1, le=100, description="For webp and jpeg.")
     priority: Priority = "normal"
-    template: str | None = Field(default=None, max_length=64, description="A prompt template of /api/templates.")
     deadline_s: float | None = Field(default=None, gt=0, le=86_400, allow_inf_nan=False)
     reject_if_late: bool = Field(
         default=False, description="Whether to refuse it at once if the backlog lets it end after `deadline_s`."
@@ -154,8 +181,10 @@ class GenerateRequest(Wire):
 
     @field_validator("prompt")
     @classmethod
-    def _prompt_says_something(cls, text: str) -> str:
-        if not text.strip():
+    def _prompt_says_something(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is None and info.data.get("template", ...) is None:
+            raise PydanticKnownError("missing")
+        if text is not None and not text.strip():
             raise ValueError("must not be blank")
         return text
 

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     model_aliases: Names = Field(
         (), description="names=models for clients of other services, as gpt-image-2=turbo; for dialects but `native`"
     )
+    templates_dir: Path | None = Field(
+        None, description="a folder of prompt templates, <name>.toml, beside those that ship with zfleet"
+    )
     storage: str = Field("local", description="a module of common/storage")
     s3_url: str = Field("", description="for ZFLEET_STORAGE=s3: the bucket, and a folder in it, as s3://bucket/folder")
     s3_endpoint: str = Field("", description="the S3 server's address, as https://s3.example; unset: AWS's")
@@ -168,7 +171,7 @@ class Settings(BaseSettings):
             raise ValueError(f"must be below ZFLEET_DISK_PAUSE_PERCENT ({pause:g})")
         return resume
 
-    @field_validator("data_dir", "log_dir", "models_file", "lora_dir")
+    @field_validator("data_dir", "log_dir", "models_file", "lora_dir", "templates_dir")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path else None

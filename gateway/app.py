@@ -27,6 +27,7 @@ from gateway import (
     ops,
     problems,
     retries,
+    templates,
     thumbnails,
 )
 from gateway.api import Api
@@ -50,7 +51,8 @@ TASKS, WATCH, TRAFFIC = "zfleet.tasks", "zfleet.watch", "zfleet.traffic"
 def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     """Return the application. Nothing is connected or started before the first request.
 
-    Raises ConfigurationError for a model, storage or dialect that there is not, and for dialects that share a route.
+    Raises ConfigurationError for a model, storage or dialect that there is not, for dialects that share a route, and
+    for a prompt template with a mistake in it.
     """
     app = OpenAPI(
         __name__,
@@ -66,6 +68,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     app.url_map.merge_slashes = False  # an odd path is unknown, not redirected
     problems.install(app)
     catalogue = settings.catalogue()
+    prompts = templates.load(settings)
     broker = broker or Broker(settings)
     doorkeeper = admission.Doorkeeper(broker, settings)
     admission.install(app, doorkeeper)
@@ -74,7 +77,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     pictures = inputs.Inputs(storage, disk, settings)
     targets = Targets(settings.webhook_allow)
     gateway = Gateway(
-        tasks=Tasks(broker, catalogue, disk, pictures, targets),
+        tasks=Tasks(broker, catalogue, disk, pictures, prompts, targets),
         images=Images(storage, settings),
         pictures=pictures,
         links=Links(broker.shared_secret, settings.public_url),
@@ -90,7 +93,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     traffic = Traffic(broker, storage)
     app.extensions[TRAFFIC] = traffic
     app.wsgi_app = RequestLog(polls, traffic.answered)  # type: ignore[method-assign]  # Flask's own way of wrapping
-    _register(app, ops.create(broker, catalogue))
+    _register(app, ops.create(broker, catalogue, prompts))
     _register(app, health.create(checkup))
     _register(app, fleet.create(overview, watch, doorkeeper))
     _register(app, operate.create(broker, overview, watch))

@@ -150,11 +150,8 @@ def read_parts(most: int) -> Parts:
 
 def _read_form(model: type[fields.M], form: Form) -> fields.M:
     texts, files = read_parts(MAX_PARTS)
-    needed = [
-        name for name, field in model.model_fields.items() if field.is_required() and name not in form.file_parts()
-    ]
-    if needed and "request" not in texts and "request" not in files:
-        raise InvalidRequest.field("request", f"is required: a part with the JSON of {needed[0]} and the other fields")
+    if "request" in type(form).model_fields and "request" not in texts and "request" not in files:
+        raise InvalidRequest.field("request", "is required: a part with the JSON of prompt and the other fields")
     values, errors = _request_part(texts, files), []
     for name in [*texts, *files]:
         if name not in form.file_parts():

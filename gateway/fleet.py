@@ -54,9 +54,7 @@ class Overview:
         """Return the workers with what they are at; raises RedisUnavailable."""
         runs = self._broker.runs()
         return [
-            WorkerView(
-                **{name: getattr(card, name) for name in WorkerCard.model_fields}, runs=runs.get(card.name, ())
-            )
+            WorkerView(**{name: getattr(card, name) for name in WorkerCard.model_fields}, runs=runs.get(card.name, ()))
             for card in cards
         ]
 

@@ -12,9 +12,11 @@ from common.cards import ModelView, QueueDepth, WorkerCard
 from common.errors import Forbidden, RedisUnavailable
 from common.models import SIZE_MULTIPLE, Catalogue, ModelSpec
 from common.schemas import Priority, Wire
+from common.templates import TemplateView
 from gateway import problems
 from gateway.admission import caller, open_to
 from gateway.api import NO_STORE, Api, json_answer
+from gateway.templates import Templates
 
 
 class Queues(Wire):
@@ -44,16 +46,17 @@ class Me(Wire):
     priority_max: Priority
 
 
-class Templates(Wire):
-    """GET /api/templates: none can be installed yet."""
+class TemplateList(Wire):
+    """GET /api/templates."""
 
-    templates: Sequence[str] = ()
+    templates: Sequence[TemplateView]
 
 
-def create(broker: Broker, catalogue: Catalogue) -> Api:
+def create(broker: Broker, catalogue: Catalogue, templates: Templates) -> Api:
     """Return the routes for operators and their tools."""
     api = Api("fleet", __name__, about="What the fleet is doing.")
     _add_lists(api, broker, catalogue)
+    _add_templates(api, templates)
     return api
 
 
@@ -84,10 +87,14 @@ def _add_lists(api: Api, broker: Broker, catalogue: Catalogue) -> None:
         """List the models, each with its defaults, its limits and how many workers serve it now."""
         return json_answer(Models(models=model_views(catalogue, broker.workers())), headers=NO_STORE)
 
-    @api.get("/api/templates", responses={"200": Templates})
+
+def _add_templates(api: Api, found: Templates) -> None:
+    listed = TemplateList(templates=found.views())
+
+    @api.get("/api/templates", responses={"200": TemplateList})
     def templates() -> Response:
-        """List the prompt templates."""
-        return json_answer(Templates(), headers=NO_STORE)
+        """List the prompt templates, each with what a submit that names it gets."""
+        return json_answer(listed, headers=NO_STORE)
 
 
 def model_views(catalogue: Catalogue, cards: Sequence[WorkerCard]) -> list[ModelView]:

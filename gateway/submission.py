@@ -24,15 +24,18 @@ LORAS_TOLD = 20  # in an answer; there may be thousands
 LIKE = ("init_image", "control_image", "reference_images")  # whose size a picture has whose own is not given
 
 
-def check(request: GenerateRequest, catalogue: Catalogue, priority_max: Priority = "high") -> ModelSpec:
+def check(
+    request: GenerateRequest,
+    catalogue: Catalogue,
+    priority_max: Priority = "high",
+    wrong: Sequence[FieldError] = (),
+) -> ModelSpec:
     """Return the model that is asked for, once what can be told without a look at the pictures is found right.
 
-    Raises InvalidRequest with an entry for each field that the model's limits or the caller's key refuse, and
-    UnknownModel (which has the other entries too) when there is no such model.
+    Raises InvalidRequest with an entry for each field that the model's limits or the caller's key refuse, after those
+    that are `wrong` already, and UnknownModel (which has the other entries too) when there is no such model.
     """
-    errors: list[FieldError] = []
-    if request.template is not None:
-        errors.append(FieldError("template", "is not installed here; leave it out, or see /api/templates"))
+    errors = list(wrong)
     try:
         spec = catalogue[request.model] if request.model is not None else catalogue.default
     except UnknownModel as error:
@@ -63,7 +66,7 @@ def resolve(
     live: Limits = Limits(),  # noqa: B008 - a tuple
     priority_max: Priority = "high",
 ) -> ResolvedRequest:
-    """Return a request that `check` found right for this model with every value set.
+    """Return a request that `check` found right for this model, with its prompt, with every value set.
 
     `pictures` are all of its own, and `live` is what workers can do. Raises InvalidRequest with an entry for each field
     that the workers' limits refuse, or that is wrong together with the pictures' sizes.
@@ -73,6 +76,7 @@ def resolve(
     width, height = sizes.chosen(request, spec, like, live.max_pixels)
     _refuse([*sizes.errors(width, height, spec), *_live_errors(request, width * height, spec, live)])
     handles = {field: [picture.handle for picture in found] for field, found in pictures.items()}
+    assert request.prompt is not None  # a template has set it
     return ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -96,6 +100,7 @@ def resolve(
         format=request.format,
         quality=request.quality,
         priority=priority(request, priority_max),
+        template=request.template,
         deadline_s=request.deadline_s,
         webhook=request.webhook,
         metadata=request.metadata,

@@ -36,6 +36,7 @@ from gateway.admission import Caller
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
 from gateway.places import Place
+from gateway.templates import Templates
 from gateway.waiting import FRESH_S, Hub, Listener, Signal
 from gateway.webhooks.targets import Targets
 
@@ -67,6 +68,7 @@ class Tasks:
         catalogue: Catalogue,
         disk: DiskGuard,
         pictures: Inputs,
+        templates: Templates,
         targets: Targets = Targets(),  # noqa: B008 - never changed
     ) -> None:
         self._targets = targets
@@ -74,6 +76,7 @@ class Tasks:
         self._catalogue = catalogue
         self._disk = disk
         self._pictures = pictures
+        self._templates = templates
         self._hub = Hub(broker.events)
         self._turns = threading.BoundedSemaphore(READS_AT_ONCE)
 
@@ -92,7 +95,8 @@ class Tasks:
         InvalidRequest, UnknownModel, QueueFull, QuotaUsedUp, TooLate, StorageFull, StorageError, IdempotencyConflict,
         and TaskExpired for a task made earlier whose result is past its retention.
         """
-        spec = submission.check(request, self._catalogue, caller.priority_max)
+        asked, (request, wrong) = request, self._templates.fill(request)
+        spec = submission.check(request, self._catalogue, caller.priority_max, wrong)
         if request.webhook:
             self._targets.check(request.webhook.url)
         pictures = self._pictures.look(inputs.named(request), files, caller.tenant)
@@ -115,7 +119,7 @@ class Tasks:
             request=resolved,
             request_id=request_id,
             idempotency_key=idempotency_key,
-            body_hash=submission.body_hash(request, pictures) if idempotency_key else "",
+            body_hash=submission.body_hash(asked, pictures) if idempotency_key else "",
         )
         done = self.stand_in_line(task, pictures, refusal)
         if done.created:

@@ -30,7 +30,7 @@ def group(context: click.Context) -> None:
 
 for command in (
     local.up, serve.gateway, serve.worker, serve.webhooks, generate.generate, tasks.submit, tasks.status, tasks.cancel,
-    fleet.queue, fleet.workers, keys.keys, settings.settings, local.demo,
+    fleet.queue, fleet.workers, fleet.templates, keys.keys, settings.settings, local.demo,
 ):  # fmt: skip
     group.add_command(command)
 

@@ -24,6 +24,7 @@ from common.errors import ClientError, ConfigurationError, FieldError, Unauthent
 from common.inputs import FIELDS
 from common.problem import Problem
 from common.schemas import InputImage, SubmitAnswer, TaskPage, TaskStatus, TaskView
+from common.templates import TemplateView
 from zfleet import pictures
 
 M = TypeVar("M", bound=BaseModel)
@@ -128,13 +129,16 @@ class Client:
         self._session.auth = _Key(self.url, api_key.strip()) if api_key else None
         self._reached = False
 
-    def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Any) -> SubmitAnswer:
+    def submit(self, prompt: str | None = None, *, idempotency_key: str | None = None, **fields: Any) -> SubmitAnswer:
         """Hand in a task and return at once. `fields` are GenerateRequest's; None leaves one to the model's default.
+
+        With a `template` the prompt stands for its placeholder {prompt}, and `values` for the others.
 
         A picture to start from is a handle of `upload`, base64, or the Path of a file; raises CannotRead for the last.
         A key is made where none is given, so that a submit whose answer got lost is sent again without a second task.
         """
-        body = {"prompt": prompt} | {name: value for name, value in fields.items() if value is not None}
+        asked = {"prompt": prompt, **fields}
+        body = {name: value for name, value in asked.items() if value is not None}
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         files = _take_files(body)
         if not files:
@@ -202,7 +206,7 @@ class Client:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | None = None,
         *,
         timeout_s: float | None = None,
         on_progress: Callable[[TaskView], None] | None = None,
@@ -225,6 +229,10 @@ class Client:
     def models(self) -> list[ModelView]:
         """Return the models that can be asked for."""
         return self._list(ModelView, "api/models", "models")
+
+    def templates(self) -> list[TemplateView]:
+        """Return the prompt templates."""
+        return self._list(TemplateView, "api/templates", "templates")
 
     def health(self) -> Health:
         """Return the fleet's health, also when it is bad."""

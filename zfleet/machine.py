@@ -52,6 +52,13 @@ def require_packages(settings: Settings) -> None:
             raise ConfigurationError(f"{missing[0]} is not installed: pip install 'zfleet[{extra}]'")
 
 
+def require_templates(settings: Settings) -> None:
+    """Raise ConfigurationError for a prompt template with a mistake in it, as the gateway would."""
+    from gateway import templates
+
+    templates.load(settings)
+
+
 def lock(data_dir: Path, waiting: Callable[[str], None]) -> IO[str]:
     """Return the data directory's lock, held; raises ConfigurationError when another stack has it.
 

@@ -115,6 +115,7 @@ class Stack:
     def __enter__(self) -> Self:
         """Start everything and wait until pictures can be made; raises StackFailed, ConfigurationError."""
         machine.require_packages(self.settings)
+        machine.require_templates(self.settings)
         try:
             self._start()
         except BaseException:

@@ -14,7 +14,6 @@ from common.schemas import TaskStatus
 from tests.browser.conftest import SIZES, Fleet, Visit
 from tests.browser.test_fleet_page import rq_of, submit
 from tests.fleet import await_final, ready_workers, record
-from tests.servers import eventually
 from tests.tenants import new_key
 from tests.unit.gateway.fake_worker import FakeWorker
 

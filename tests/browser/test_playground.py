@@ -16,7 +16,7 @@ from zfleet.client import Client
 
 VisitFn = Callable[..., Visit]
 
-UNFRIENDLY = "It's a \"red\" circle,\n\t$HOME `id` $(id) \\n \\\\ !! %s 红色圆形 🙂"
+UNFRIENDLY = 'It\'s a "red" circle,\n\t$HOME `id` $(id) \\n \\\\ !! %s 红色圆形 🙂'
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,4 +1,4 @@
-"""`zfleet queue` and `workers`: how the fleet is doing."""
+"""`zfleet queue`, `workers` and `templates`: how the fleet is doing, and what it has ready."""
 
 from __future__ import annotations
 
@@ -56,3 +56,31 @@ def workers(as_json: bool, url: str | None) -> None:
         for card in cards
     )
     table(["WORKER", "STATE", "DEVICE", "MODELS", "RUNS", "IMAGES", "GPU MEMORY", "UP"], rows)
+
+
+@click.command()
+@options.as_json
+@options.gateway_url
+def templates(as_json: bool, url: str | None) -> None:
+    """Show the prompt templates.
+
+    Those of their placeholders that have no default are marked with *.
+    """
+    from zfleet.display import table
+
+    with options.connect(url) as client:
+        found = client.templates()
+    if as_json:
+        options.print_json(found)
+        return
+    rows = (
+        (
+            one.name,
+            f"{one.title.en} · {one.title.zh}",
+            one.model,
+            f"{one.width}x{one.height}",
+            " ".join(f"{part.name}{'*' if part.default is None else ''}" for part in one.placeholders),
+        )
+        for one in found
+    )
+    table(["NAME", "TITLE", "MODEL", "SIZE", "PLACEHOLDERS"], rows)

@@ -24,8 +24,12 @@ insecure = click.option(
 gateway_url = click.option("--url", metavar="URL", help="The gateway; else ZFLEET_URL.")
 
 
-def readable(context: click.Context, _parameter: click.Parameter, prompt: str) -> str:
+def readable(context: click.Context, parameter: click.Parameter, prompt: str | None) -> str | None:
     """Refuse at once what the gateway would refuse later, in the words of a command line."""
+    if prompt is None:
+        if context.params.get("template") is None:  # read before, as it is eager
+            raise click.MissingParameter(ctx=context, param=parameter)
+        return None
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -58,13 +62,35 @@ def lora(context: click.Context, parameter: click.Parameter, values: Sequence[st
     return found or None
 
 
+def value(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str] | None:
+    """Return NAME=TEXT, any number of times, as the API has it."""
+    found: dict[str, str] = {}
+    for pair in values:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise click.BadParameter(f"{pair!r} is not NAME=TEXT", context, parameter)
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice", context, parameter)
+        found[name] = text
+    return found or None
+
+
 def request(command: F) -> F:
     """Add the prompt and the fields of a request; they reach the command by the names that the API has.
 
-    Left out are `metadata`, `template` and `webhook`, which are for programs, and `preview`, a file of `generate`'s.
+    Left out are `metadata` and `webhook`, which are for programs, and `preview`, a file of `generate`'s.
     """
     options: Sequence[Callable[[F], F]] = (
-        click.argument("prompt", callback=readable),
+        click.argument("prompt", required=False, callback=readable),
+        click.option("--template", is_eager=True, metavar="NAME", help="A prompt template; see `zfleet templates`."),
+        click.option(
+            "--set",
+            "values",
+            callback=value,
+            multiple=True,
+            metavar="NAME=TEXT",
+            help="What stands for one of its placeholders; may be repeated.",
+        ),
         click.option("--model", help="An alias of `zfleet settings`' ZFLEET_MODELS; the first is the default."),
         click.option("--width", type=int, help="Pixels, a multiple of 16."),
         click.option("--height", type=int, help="Pixels, a multiple of 16."),

@@ -26,8 +26,9 @@ def gateway(host: str | None, port: int | None, insecure: bool | None) -> None:
     """
     flags = {"host": host, "port": port, "insecure": insecure}
     settings = _settings(flags, extra="gateway", module="gunicorn")
-    from zfleet.machine import gateway_command
+    from zfleet.machine import gateway_command, require_templates
 
+    require_templates(settings)  # a mistake is told here, in one line
     _become([*gateway_command(), "gateway.wsgi:app"], settings)
 
 

@@ -29,7 +29,13 @@ def about(**values: Any) -> dict[str, str]:
         ({"prompt": " \n"}, "prompt", "must not be blank"),
         ({"prompt": "x" * 16_001}, "prompt", "must have at most 16000 characters"),
         ({"prompt": 5}, "prompt", "must be a string"),
-        ({"prompt": None}, "prompt", "must be a string"),
+        ({"prompt": None}, "prompt", "is required"),
+        ({"prompt": "", "template": "t"}, "prompt", "must not be empty"),
+        ({"template": 5}, "template", "must be a string"),
+        ({"values": {"a": "b\x00"}}, "values.a", "must not contain NUL characters"),
+        ({"values": {"a": "x" * 1001}}, "values.a", "must have at most 1000 characters"),
+        ({"values": {"a" * 33: "x"}}, "values." + "a" * 33, "must have at most 32 characters"),
+        ({"values": {str(i): "" for i in range(17)}}, "values", "must have at most 16 entries"),
         ({"prompt": "a\x00b"}, "prompt", "must not contain NUL characters"),
         ({"prompt": "\ud800"}, "prompt", "must be valid Unicode; this has half of a surrogate pair"),
         ({"width": "64"}, "width", "must be an integer"),
@@ -62,7 +68,9 @@ def test_a_missing_field_is_required() -> None:
 
 
 def test_an_unknown_field_is_told_with_the_known_ones() -> None:
-    assert about(widht=64)["widht"].startswith("unknown field; known are prompt, negative_prompt, model, width")
+    assert about(widht=64)["widht"].startswith(
+        "unknown field; known are template, values, prompt, negative_prompt, model, width"
+    )
 
 
 def test_badly_decoded_text_is_told() -> None:

@@ -45,10 +45,6 @@ def test_models_with_their_limits_and_workers(client: FlaskClient, worker: FakeW
     assert (rows[1].min_side, rows[1].max_side, rows[1].size_multiple) == (64, 256, 16)
 
 
-def test_no_templates_yet(client: FlaskClient) -> None:
-    assert client.get("/api/templates").get_json() == {"templates": []}
-
-
 @pytest.mark.parametrize("path", ["/api/queue", "/api/workers", "/api/models", "/api/tasks", "/api/status/" + "0" * 32])
 def test_without_redis_everything_is_unavailable_for_now(away: FlaskClient, path: str) -> None:
     answer = away.get(path)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import InvalidRequest, UnknownModel
+from common.errors import FieldError, InvalidRequest, UnknownModel
 from common.models import Catalogue, load_catalogue
 from common.schemas import SEED_MAX, GenerateRequest, ResolvedRequest
 from gateway import submission
@@ -62,7 +62,10 @@ def test_being_late_needs_a_deadline(catalogue: Catalogue) -> None:
 
 
 def test_all_that_is_wrong_is_told_at_once(catalogue: Catalogue) -> None:
-    errors = refused(catalogue, width=1, height=2, steps=99, n=9, template="x")
+    wrong = [FieldError("template", "is not installed here")]
+    with pytest.raises(InvalidRequest) as caught:
+        submission.check(asked(width=1, height=2, steps=99, n=9), catalogue, wrong=wrong)
+    errors = dict(caught.value.errors)
     assert list(errors) == ["template", "width", "height", "steps", "n"]
     assert errors["steps"] == "must be from 1 to 50 for model turbo"
     assert errors["n"] == "must be from 1 to 8 for model turbo"
@@ -82,7 +85,7 @@ def test_the_area_has_a_limit_of_its_own() -> None:
 
 def test_an_unknown_model_is_told_with_the_known_ones(catalogue: Catalogue) -> None:
     with pytest.raises(UnknownModel, match="choose one of: turbo, base, pico") as caught:
-        resolve(asked(model="sdxl", template="x"), catalogue)
+        submission.check(asked(model="sdxl"), catalogue, wrong=[FieldError("template", "is not installed here")])
     assert [loc for loc, _ in caught.value.errors] == ["model", "template"]
 
 

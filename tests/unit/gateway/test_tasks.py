@@ -22,6 +22,7 @@ from common.errors import (
 from common.schemas import GenerateRequest, Progress, TaskRecord, TaskStatus
 from common.settings import Settings
 from gateway import tasks as module
+from gateway import templates
 from gateway.admission import OPEN, Caller
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
@@ -34,7 +35,7 @@ ASKED = GenerateRequest(prompt="a red circle", steps=4)
 
 @pytest.fixture
 def tasks(broker: Broker, settings: Settings, disk: DiskGuard, pictures: Inputs) -> Iterator[Tasks]:
-    tasks = Tasks(broker, settings.catalogue(), disk, pictures)
+    tasks = Tasks(broker, settings.catalogue(), disk, pictures, templates.load(settings))
     yield tasks
     tasks.close()
 
@@ -77,7 +78,13 @@ def test_the_same_key_and_body_are_one_task(tasks: Tasks, worker: FakeWorker) ->
 
 
 def test_a_full_queue_refuses(broker: Broker, settings: Settings, disk: DiskGuard, pictures: Inputs) -> None:
-    full = Tasks(Broker(settings.model_copy(update={"queue_cap": 1})), settings.catalogue(), disk, pictures)
+    full = Tasks(
+        Broker(settings.model_copy(update={"queue_cap": 1})),
+        settings.catalogue(),
+        disk,
+        pictures,
+        templates.load(settings),
+    )
     submit(full)
     with pytest.raises(QueueFull):
         submit(full)

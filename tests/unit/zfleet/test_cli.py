@@ -54,6 +54,9 @@ def names() -> list[str]:
         ("generate a|b", "extra argument"),
         ("generate x|--width|wide", "--width"),
         ("generate x|--format|gif", "webp"),
+        ("generate --template|poster|--set|product", "'product' is not NAME=TEXT"),
+        ("generate --template|poster|--set|a=b|--set|a=c", "a is given twice"),
+        ("generate --set|a=b", "PROMPT"),
         ("generate x|--priority|urgent", "high"),
         ("generate x|-n|0", "-n"),
         ("generate x|--timeout|0", "--timeout"),
@@ -163,7 +166,7 @@ def test_generate_starts_from_pictures_and_paints_with_loras() -> None:
 
 def test_every_field_of_a_request_has_an_option_but_those_for_programs() -> None:
     fields = set(GenerateRequest.model_fields)
-    for_programs = {"metadata", "template", "webhook"}
+    for_programs = {"metadata", "webhook"}
     for command, missing in ((tasks.submit, for_programs | {"preview"}), (generate, for_programs)):
         assert fields - {option.name for option in command.params} == missing
 
