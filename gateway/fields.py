@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -146,9 +146,14 @@ def _field(model: type[BaseModel], loc: Sequence[int | str]) -> FieldInfo | None
 def _model(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
     """Return the model that what stands at this place is read into; None where it is no model."""
     within: type[BaseModel] | None = model
+    keyed = False  # whether the next part is a key of an object that has any
     for name in (part for part in loc if isinstance(part, str)):
+        if keyed:
+            keyed = False
+            continue
         field = within.model_fields.get(name) if within else None
         within = next(_models(field.annotation), None) if field else None
+        keyed = field is not None and get_origin(field.annotation) is dict
     return within
 
 

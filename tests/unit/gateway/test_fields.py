@@ -68,9 +68,7 @@ def test_a_missing_field_is_required() -> None:
 
 
 def test_an_unknown_field_is_told_with_the_known_ones() -> None:
-    assert about(widht=64)["widht"].startswith(
-        "unknown field; known are template, values, prompt, negative_prompt, model, width"
-    )
+    assert about(widht=64)["widht"].startswith("unknown field; known are template, values, prompt, negative_prompt")
 
 
 def test_badly_decoded_text_is_told() -> None:
