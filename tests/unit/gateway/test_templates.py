@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, InvalidRequest
 from common.models import load_catalogue
+from common.schemas import GenerateRequest
 from common.settings import Settings, load_settings
 from common.templates import TemplateView
-from gateway import templates
+from gateway import fields, submission, templates
 from gateway.app import create_app
 from tests.samples import encoded
 from tests.unit.gateway.fake_worker import FakeWorker
@@ -70,11 +71,13 @@ def submit(client: FlaskClient, **fields: Any) -> dict[str, Any]:
     return dict(client.get(answer.get_json()["status_url"]).get_json()["request"])
 
 
-def refused(client: FlaskClient, **fields: Any) -> dict[str, str]:
-    body = {name: value for name, value in ({"template": "own", "prompt": "a fox"} | fields).items() if value != ""}
-    answer = client.post("/api/submit", json=body)
-    assert answer.status_code == 422
-    return {error["loc"]: error["msg"] for error in answer.get_json()["errors"]}
+def refused(settings: Settings, **said: Any) -> dict[str, str]:
+    """What a submit with these fields is refused for."""
+    body = {name: value for name, value in ({"template": "own", "prompt": "a fox"} | said).items() if value != ""}
+    with pytest.raises(InvalidRequest) as caught:
+        request, wrong = templates.load(settings).fill(fields.read(GenerateRequest, body))
+        submission.check(request, settings.catalogue(), wrong=wrong)
+    return dict(caught.value.errors)
 
 
 def test_it_says_what_the_request_does_not(client: FlaskClient) -> None:
@@ -131,10 +134,10 @@ def test_a_form_with_pictures_takes_it(client: FlaskClient, worker: FakeWorker) 
 
 
 @pytest.mark.parametrize(
-    ("fields", "loc", "says"),
+    ("said", "loc", "says"),
     [
         ({"template": "owl"}, "template", "is not installed here; there are: ancient-style, app-icon"),
-        ({"template": ""}, "values", "needs template, whose placeholders it fills"),
+        ({"template": "", "values": {"paper": "x"}}, "values", "needs template, whose placeholders it fills"),
         ({"prompt": ""}, "prompt", "is required by template own"),
         ({"values": {"papr": "x"}}, "values.papr", "unknown placeholder; template own has: prompt, values.paper, val"),
         ({"values": {"prompt": "x"}}, "values.prompt", "is what prompt itself says; give it there"),
@@ -150,14 +153,16 @@ def test_a_form_with_pictures_takes_it(client: FlaskClient, worker: FakeWorker) 
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
 )
-def test_what_is_wrong_is_told_by_its_name(client: FlaskClient, fields: dict[str, Any], loc: str, says: str) -> None:
-    values = {"values": {"paper": "x"}} if fields == {"template": ""} else {}
-    assert refused(client, **{**values, **fields})[loc].startswith(says)
+def test_what_is_wrong_is_told_by_its_name(write: Write, said: dict[str, Any], loc: str, says: str) -> None:
+    assert refused(write(), **said)[loc].startswith(says)
 
 
 def test_all_that_is_wrong_is_told_at_once(client: FlaskClient) -> None:
-    errors = refused(client, template="poster", width=1, steps=999, values={"a": "x", "b": "x"})
-    assert set(errors) == {"values.product", "values.a", "values.b", "prompt", "width", "steps"}
+    body = {"template": "poster", "prompt": "x", "width": 1, "steps": 999, "values": {"a": "x", "b": "x"}}
+    answer = client.post("/api/submit", json=body)
+    assert (answer.status_code, answer.get_json()["code"]) == (422, "invalid_request")
+    found = {error["loc"] for error in answer.get_json()["errors"]}
+    assert found == {"values.product", "values.a", "values.b", "prompt", "width", "steps"}
 
 
 def test_the_values_count_for_an_idempotency_key(client: FlaskClient) -> None:
@@ -254,9 +259,14 @@ def test_a_mistake_stops_the_start_with_its_file_and_line(
     assert before in GOOD
     settings = write(GOOD.replace(before, after, 1))
     with pytest.raises(ConfigurationError) as caught:
-        create_app(settings)
+        templates.load(settings)
     assert settings.templates_dir is not None
     assert caught.value.message.startswith(f"{settings.templates_dir / 'own.toml'}:{line}: {says}")
+
+
+def test_no_gateway_comes_up_with_a_mistake(write: Write) -> None:
+    with pytest.raises(ConfigurationError, match=r"own\.toml:1: model: 'bass'"):
+        create_app(write(GOOD.replace("base", "bass")))
 
 
 def test_the_line_of_a_placeholder_within_many_is_told(write: Write) -> None:
