@@ -74,10 +74,12 @@ def submit(client: FlaskClient, **fields: Any) -> dict[str, Any]:
 def refused(settings: Settings, **said: Any) -> dict[str, str]:
     """What a submit with these fields is refused for."""
     body = {name: value for name, value in ({"template": "own", "prompt": "a fox"} | said).items() if value != ""}
-    with pytest.raises(InvalidRequest) as caught:
+    try:
         request, wrong = templates.load(settings).fill(fields.read(GenerateRequest, body))
         submission.check(request, settings.catalogue(), wrong=wrong)
-    return dict(caught.value.errors)
+    except InvalidRequest as error:
+        return dict(error.errors)
+    return {}
 
 
 def test_it_says_what_the_request_does_not(client: FlaskClient) -> None:
