@@ -16,6 +16,7 @@ from common.models import SIZE_MULTIPLE, Catalogue, load_catalogue
 
 PREFIX = "ZFLEET_"
 SECRET = "api_key"  # the one setting that is one
+SERVICE_MANAGER = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # systemd's, for the process that it started alone
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,64}=[^=]+")
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
@@ -271,10 +272,17 @@ def sources(settings: Settings, flags: Mapping[str, Any] | None = None) -> list[
 def child_environment(settings: Settings, **extra: str) -> dict[str, str]:
     """Return this process's environment with the settings and `extra` on top, for a child process.
 
-    Without the API key: no server needs it, and another process's environment is easily read.
+    Without the API key: no server needs it, and another process's environment is easily read. And without what systemd
+    gave this process to report by.
     """
-    inherited = {name: value for name, value in os.environ.items() if name.upper() != PREFIX + SECRET.upper()}
+    kept_back = {PREFIX + SECRET.upper(), *SERVICE_MANAGER}
+    inherited = {name: value for name, value in os.environ.items() if name.upper() not in kept_back}
     return {**inherited, **settings.environment(), **extra}
+
+
+def take_service_manager() -> dict[str, str]:
+    """Take out of the environment what systemd gave this process to report by, and return it; see sd_notify(3)."""
+    return {name: os.environ.pop(name) for name in SERVICE_MANAGER if name in os.environ}
 
 
 def granted_gpus() -> list[str] | None:

@@ -6,13 +6,16 @@ import gc
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from common import listening
+from common.servicemanager import service_manager
 from common.settings import load_settings
 
 settings = load_settings()
+manager = service_manager()  # now, or gunicorn itself would tell it that all is ready before any worker is
 
 wsgi_app = "gateway.wsgi:app"
 worker_class = "gateway.gunicorn_worker.Worker"
@@ -52,6 +55,28 @@ def on_starting(server: Any) -> None:
         command = [sys.executable, "-m", listening.__name__, *hosts]
         if code := subprocess.run(command, cwd=Path(__file__).parents[1], check=False).returncode:
             sys.exit(code)
+
+
+def when_ready(server: Any) -> None:
+    """Have the arbiter give systemd a sign of life after each look at its workers, about once a second, if one lives.
+
+    So a hung arbiter is found out; hung workers are by the arbiter, after `timeout`. gunicorn has no hook for this.
+    """
+    look = server.murder_workers
+
+    def look_and_tell() -> None:
+        look()
+        now, workers = time.monotonic(), server.WORKERS.values()
+        # until its first sign a worker's file has the time of day, which is later than any time since boot
+        if live := sum(0 <= now - worker.tmp.last_update() < timeout for worker in workers):
+            manager.ready()
+            manager.alive(f"{live} of {server.num_workers} gateway processes answer")
+
+    server.murder_workers = look_and_tell
+
+
+def on_exit(_server: Any) -> None:
+    manager.stopping()
 
 
 def post_worker_init(_worker: Any) -> None:

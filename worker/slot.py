@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import psutil
 
 from worker.drift import Drift, Sample
+from worker.gpu import CPU
 from worker.heartbeat import Heartbeat, Reading, Stage, shared_file
 
 MIB = 1024 * 1024
@@ -102,6 +103,14 @@ class Slot:
     restart_at: float = 0.0
     lock: int | None = None  # on the GPU
     lost: bool = False  # the GPU is gone
+
+    @property
+    def place(self) -> str:
+        """What its workers are called by beside the host, as gpu1: by the GPU, as each may have its own supervisor."""
+        if self.home == CPU:
+            return f"{CPU}{self.index}"
+        beside = f"-{self.nth}" if self.nth else ""
+        return f"{CPU if self.device == CPU else 'gpu'}{self.home}{beside}"
 
 
 def spawn(name: str, device: str, *, environment: Mapping[str, str], drift: Drift, inherit: Sequence[int]) -> Child:

@@ -18,6 +18,7 @@ from common.broker import Broker
 from common.cards import WorkerCard
 from common.errors import ConfigurationError, RedisUnavailable
 from common.models import Catalogue
+from common.servicemanager import service_manager
 from common.settings import Settings, child_environment
 from common.storage import open_storage
 from common.telemetry import get_logger
@@ -67,6 +68,7 @@ class Supervisor:
         self._broker = Broker(settings, patience_s=0.0)  # never waits for a Redis that is away
         self._reaper = Reaper(self._broker, open_storage(settings))
         self._housekeeping = Housekeeping(settings)
+        self._manager = service_manager()
         self._gpus = gpu.Watch([int(device) for device in devices if device != gpu.CPU], every_s=GPU_INTERVAL_S)
         self._stopping = False  # a bare flag: a handler that runs within Event.wait cannot set that event
         self._next_look = self._next_report = 0.0
@@ -83,6 +85,7 @@ class Supervisor:
         while not self._stopping:
             time.sleep(TICK_S)
             self.tick()
+        self._manager.stopping()
         self._housekeeping.stop()
         self._drain()
         log.info("supervisor_stopped")
@@ -107,6 +110,14 @@ class Supervisor:
             self._reaper.tick()
         except Exception as error:  # as where Redis refuses a command: our workers go on
             log.error("reaping_failed", error=type(error).__name__, message=str(error))
+        self._give_sign_of_life()
+
+    def _give_sign_of_life(self) -> None:
+        """Tell systemd that this loop turns; from elsewhere a supervisor that hangs would be taken for a sound one."""
+        ready = sum(1 for slot in self.slots if slot.child and slot.child.ready_at is not None)
+        if ready:
+            self._manager.ready()
+        self._manager.alive(f"{ready} of {len(self.slots)} workers ready")
 
     def _look_after(self, slot: Slot, *, look: bool) -> None:
         if slot.home != gpu.CPU:
@@ -128,7 +139,7 @@ class Supervisor:
                 return
             except OSError as error:
                 log.warning("gpu_not_locked", gpu=slot.home, error=str(error))
-        name = f"{_host()}.{'cpu' if slot.device == gpu.CPU else 'gpu'}{slot.index}.{secrets.token_hex(3)}"
+        name = f"{_host()}.{slot.place}.{secrets.token_hex(3)}"
         drift = Drift(
             limit_mb=self.settings.drift_mb,
             window_s=self.settings.drift_window_s,
@@ -271,6 +282,7 @@ class Supervisor:
             for slot in living:
                 assert slot.child
                 self._see_off(slot, slot.child)
+            self._manager.alive(f"{len(living)} workers drain")
             time.sleep(TICK_S / 10)
 
     def _see_off(self, slot: Slot, child: Child) -> None:

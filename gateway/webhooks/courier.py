@@ -22,6 +22,7 @@ from common.broker import Broker
 from common.errors import RedisUnavailable
 from common.records import Errand
 from common.schemas import TaskView, Wire
+from common.servicemanager import service_manager
 from common.telemetry import get_logger
 from gateway.dialects.native import render
 from gateway.webhooks import signing
@@ -86,6 +87,7 @@ class Courier:
         self._most = most_of_tenant
         self._under_way: dict[Errand, Cutoff] = {}
         self._lock = threading.Lock()  # of what is under way
+        self._manager = service_manager()
         self._ended = threading.Event()  # a try has
         self._stopping = threading.Event()
 
@@ -98,6 +100,7 @@ class Courier:
         log.info("courier_started", courier=self.name)
         mend_at = sample_at = 0.0
         while not self._stopping.is_set():
+            self._manager.alive()
             try:
                 if time.monotonic() >= sample_at:
                     sample_at = time.monotonic() + SAMPLE_S
@@ -107,9 +110,11 @@ class Courier:
                     for delivery_id in self._broker.mend_deliveries(MEND_S / 2):
                         log.warning("webhook_put_back", delivery_id=delivery_id)
                 self._feed()
+                self._manager.ready()
             except RedisUnavailable as error:
                 log.warning("redis_away", error=error.message)
                 self._stopping.wait(AWAY_S)
+        self._manager.stopping()
         self._drain()
         log.info("courier_stopped", courier=self.name)
 

@@ -71,9 +71,9 @@ def _settings(flags: Mapping[str, Any], *, extra: str, module: str) -> Settings:
 
 def _become(command: list[str], settings: Settings) -> None:
     """Go on as this program, under the same process id: signals and exit codes are then its own."""
-    from common.settings import child_environment
+    from common.settings import child_environment, take_service_manager
     from zfleet.machine import HOME
 
-    environment = child_environment(settings)
+    environment = child_environment(settings, **take_service_manager())  # it is the same process to systemd
     os.chdir(HOME)  # `python -m` looks into the working directory first
     os.execve(command[0], command, environment)
