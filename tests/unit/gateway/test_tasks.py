@@ -280,7 +280,7 @@ def test_a_running_task_is_flagged(tasks: Tasks, worker: FakeWorker) -> None:
 
 def test_pages_go_on_where_the_last_one_ended(tasks: Tasks) -> None:
     ids = [submit(tasks) for _ in range(5)]
-    first, then = tasks.page("default", status=None, limit=3, before=None)
-    rest, end = tasks.page("default", status=None, limit=3, before=then)
+    first, then = tasks.page("default", status=None, model=None, limit=3, before=None)
+    rest, end = tasks.page("default", status=None, model=None, limit=3, before=then)
     assert {one.task_id for one in first + rest} == set(ids)
     assert len(first) == 3 and end is None
