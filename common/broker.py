@@ -29,7 +29,19 @@ from common.link import BELL_WAIT_S
 from common.operating import Operating
 from common.outbox import Outbox
 from common.ratelimit import RateLimits
-from common.records import Beaten, Claim, Hold, NewTask, Reaped, Submitted, Verdict, claimed, refusal, seconds
+from common.records import (
+    Beaten,
+    Claim,
+    Hold,
+    Moved,
+    NewTask,
+    Reaped,
+    Submitted,
+    Verdict,
+    claimed,
+    refusal,
+    seconds,
+)
 from common.schemas import ImageRef, StageTimings, TaskError
 
 NOTHING: Mapping[Hold, str] = {}
@@ -215,17 +227,14 @@ class Broker(FleetView, Keyring, Operating, RateLimits, Outbox, Figures):
         reply = self._run("reap", worker, *limits, int(crashed), len(suspects), *suspects, *bystanders)
         return [Reaped(*row) for row in reply]
 
-    def expire(self) -> list[str]:
-        """End as expired every queued task whose deadline has passed; return their ids."""
-        expired: list[str] = self._run("expire", self._retention_ms, REAP_BATCH)
-        return expired
+    def expire(self) -> list[Moved]:
+        """End as expired every queued task whose deadline has passed; return these."""
+        return [Moved(*row) for row in self._run("expire", self._retention_ms, REAP_BATCH)]
 
-    def reconcile(self, every_s: float = 0.0) -> list[str]:
-        """Put back every open task that stands in no queue and no lease; return their ids.
+    def reconcile(self, every_s: float = 0.0) -> list[Moved]:
+        """Put back every open task that stands in no queue and no lease; return these.
 
         Does nothing if anybody did it less than `every_s` ago: it reads all open tasks, and once is enough for a fleet.
         """
-        put_back: list[str] = self._run(
-            "reconcile", int(RECONCILE_GRACE_S * 1000), int(every_s * 1000), self._retention_ms
-        )
-        return put_back
+        put_back = self._run("reconcile", int(RECONCILE_GRACE_S * 1000), int(every_s * 1000), self._retention_ms)
+        return [Moved(*row) for row in put_back]

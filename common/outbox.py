@@ -15,7 +15,7 @@ from typing import Literal
 from common import keys
 from common.connection import hear
 from common.link import BELL_WAIT_S, Link
-from common.records import Errand, Errands, WebhookSecrets, errand
+from common.records import Errand, Errands, Stray, WebhookSecrets, errand
 
 TRIES = 10
 SECRET_OVERLAP_S = 24 * 3600.0  # the old secret goes on signing beside a new one
@@ -64,13 +64,12 @@ class Outbox(Link):
         )  # fmt: skip
         return answer
 
-    def mend_deliveries(self, every_s: float = 0.0) -> list[str]:
-        """Put back every delivery that should stand in its queue and does not; return their ids.
+    def mend_deliveries(self, every_s: float = 0.0) -> list[Stray]:
+        """Put back every delivery that should stand in its queue and does not; return these.
 
         Does nothing if anybody did it less than `every_s` ago.
         """
-        put_back: list[str] = self._run("deliver_mend", int(every_s * 1000))
-        return put_back
+        return [Stray(*row) for row in self._run("deliver_mend", int(every_s * 1000))]
 
     def webhook_secrets(self, tenant: str) -> WebhookSecrets:
         """Return what a tenant's deliveries are signed with; made at first use."""

@@ -121,6 +121,13 @@ class Reaped(NamedTuple):
     request_id: str
 
 
+class Moved(NamedTuple):
+    """A task that was found overdue, or standing nowhere, and the request that it came with."""
+
+    task_id: str
+    request_id: str
+
+
 class EtaErrors(NamedTuple):
     """How far off a model's estimates were, |actual - estimated| / actual."""
 
@@ -151,6 +158,20 @@ class Errand(NamedTuple):
     tries: int
     tenant: str
     made_at: datetime
+    request_id: str = ""  # of its task
+
+    @property
+    def about(self) -> Mapping[str, str | int]:
+        """What a line of the log says of which delivery it is about."""
+        return {"delivery_id": self.delivery_id, "task_id": self.task_id, "request_id": self.request_id}
+
+
+class Stray(NamedTuple):
+    """A delivery that stood nowhere, and its task."""
+
+    delivery_id: str
+    task_id: str
+    request_id: str
 
 
 class Errands(NamedTuple):
@@ -196,8 +217,9 @@ def claimed(row: list[Any]) -> Claimed:
 
 
 def errand(row: list[Any]) -> Errand:
-    delivery_id, task_id, event, fence, tries, tenant, made_at = row
-    return Errand(delivery_id, task_id, event, fence, tries, tenant, datetime.fromtimestamp(made_at / 1000, UTC))
+    delivery_id, task_id, event, fence, tries, tenant, made_at, request_id = row
+    made = datetime.fromtimestamp(made_at / 1000, UTC)
+    return Errand(delivery_id, task_id, event, fence, tries, tenant, made, request_id)
 
 
 def deliveries(fields: Mapping[str, str]) -> list[Delivery]:

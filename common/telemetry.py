@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import logging.handlers
-import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import structlog
 from pydantic_core import to_json
 
-from common.errors import ConfigurationError
+from common.logfiles import LogFile, open_log
 from common.settings import Settings
 
-ROTATE_BYTES = 100 * 1024 * 1024
-ROTATE_KEEP = 7
 FORBIDDEN = frozenset(
     {"prompt", "negative_prompt", "body", "request", "authorization", "api_key", "key", "password", "redis_url"}
 )
-MAX_SLOTS = 256
-
-_locks: list[IO[str]] = []  # held for the life of the process
 
 
 def configure(settings: Settings, role: str, **bound: str) -> None:
@@ -76,24 +68,26 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
     return logger
 
 
+@contextlib.contextmanager
+def lines_about(**ids: str | int) -> Iterator[None]:
+    """Have every line that this thread logs within the block carry these fields."""
+    with structlog.contextvars.bound_contextvars(**ids):
+        yield
+
+
 class _Lines:
     """Where rendered lines go: to the root logger's handler, without a LogRecord, which costs three times the line."""
 
     def msg(self, line: str) -> None:
         for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.StreamHandler):
-                # a full disk costs the line, not the work it tells of
+            if isinstance(handler, LogFile):
+                handler.append(line)
+            elif isinstance(handler, logging.StreamHandler):
                 with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError, ValueError):
-                    if isinstance(handler, logging.handlers.RotatingFileHandler) and _full(handler):
-                        handler.doRollover()
                     handler.stream.write(line + "\n")
                     handler.flush()
 
     debug = info = warning = error = critical = msg
-
-
-def _full(handler: logging.handlers.RotatingFileHandler) -> bool:
-    return handler.stream is not None and os.fstat(handler.stream.fileno()).st_size >= handler.maxBytes
 
 
 def _as_json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
@@ -112,23 +106,4 @@ def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Muta
 def _handler(log_dir: Path | None, role: str) -> logging.Handler:
     if log_dir is None:
         return logging.StreamHandler(sys.stderr)
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        path = _free_slot(log_dir, role)
-    except OSError as error:
-        raise ConfigurationError(f"ZFLEET_LOG_DIR {log_dir}: {error.strerror or error}") from None
-    return logging.handlers.RotatingFileHandler(path, maxBytes=ROTATE_BYTES, backupCount=ROTATE_KEEP, encoding="utf-8")
-
-
-def _free_slot(log_dir: Path, role: str) -> Path:
-    for slot in range(MAX_SLOTS):
-        path = log_dir / f"{role}-{slot}.log"
-        lock = path.with_suffix(".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            continue
-        _locks.append(lock)
-        return path
-    raise OSError(f"{log_dir}: more than {MAX_SLOTS} processes log as {role}")
+    return open_log(log_dir, lambda slot: f"{role}-{slot}.log")

@@ -84,36 +84,31 @@ class Committer:
         try:
             began = time.perf_counter()
             images = self._store(task) if task.outcome == "succeeded" else []
+            stages = _stages(task, time.perf_counter() - began)
             if task.outcome == "released":
                 self._broker.release(self._worker, task.hold, give_up=self._abandoned)
             elif task.outcome in ("succeeded", "failed", "canceled"):
-                self._finish(task, images, _ms(time.perf_counter() - began))
+                self._finish(task, images, stages)
             log.info(
-                "task_left",
-                task_id=task.claimed.task_id,
-                request_id=task.claimed.request_id,
+                "attempt_ended",
+                **task.about,
                 model=task.claimed.request.model,
                 outcome=task.outcome,
                 code=task.error.code if task.error else None,
+                images=len(images),
                 duration_ms=round(task.busy_s * 1000, 1),
+                **stages.model_dump(),
             )
         except Exception as error:
             # The lease runs out and the supervisor takes the task back, so nothing is lost.
-            log.error("commit_failed", task_id=task.claimed.task_id, error=type(error).__name__)
+            log.error("commit_failed", **task.about, error=type(error).__name__)
         finally:
             task.pixels.clear()
             self._committed(task)
 
-    def _finish(self, task: HeldTask, images: Sequence[ImageRef], store_ms: float) -> None:
+    def _finish(self, task: HeldTask, images: Sequence[ImageRef], stages: StageTimings) -> None:
         status = task.outcome
         assert status == "succeeded" or status == "failed" or status == "canceled"
-        stages = StageTimings(
-            load_ms=_ms(task.load_s),
-            encode_ms=_ms(task.encode_s),
-            denoise_ms=_ms(task.denoise_s),
-            decode_ms=_ms(task.decode_s),
-            store_ms=store_ms,
-        )
         verdict = self._broker.finish(
             self._worker,
             task.hold,
@@ -145,7 +140,7 @@ class Committer:
                 task.outcome = "failed"
                 task.error = TaskError(code=error.code, message=error.message, retryable=error.retryable)
         except Exception as error:  # the encoder's; running the task again would end the same way
-            log.error("encode_failed", task_id=task.claimed.task_id, error=type(error).__name__)
+            log.error("encode_failed", **task.about, error=type(error).__name__)
             task.outcome = "failed"
             message = f"the picture could not be written as {request.format} ({type(error).__name__})"
             task.error = TaskError(code="encode_failed", message=message)
@@ -175,7 +170,7 @@ class Committer:
                 self._storage.put(key, data)
                 break
             except FleetError as error:
-                log.warning("store_failed", task_id=task.claimed.task_id, code=error.code, tries=tries)
+                log.warning("store_failed", **task.about, code=error.code, tries=tries)
                 if tries == STORE_TRIES or not self._rest(STORE_WAIT_S * 2 ** (tries - 1)):
                     raise
         return ImageRef(
@@ -202,6 +197,16 @@ class Committer:
 
     def _abandoned(self) -> bool:
         return time.monotonic() >= self._abandon_at
+
+
+def _stages(task: HeldTask, store_s: float) -> StageTimings:
+    return StageTimings(
+        load_ms=_ms(task.load_s),
+        encode_ms=_ms(task.encode_s),
+        denoise_ms=_ms(task.denoise_s),
+        decode_ms=_ms(task.decode_s),
+        store_ms=_ms(store_s),
+    )
 
 
 def _ms(seconds: float) -> float:

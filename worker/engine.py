@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from common.errors import DeadlineExceeded, DeviceFailed, FleetError, ModelLoadFailed, OutOfMemory, PipelineFailed
 from common.schemas import TaskError
-from common.telemetry import get_logger
+from common.telemetry import get_logger, lines_about
 from worker.batches import Batches
 from worker.heartbeat import Heartbeat, InHand, Stage
 from worker.held import HeldTask, Outcome, Picture
@@ -195,7 +195,8 @@ class Engine:
         """Whether the task's model is in memory, where it stays until the task leaves; loads it if there is room."""
         began = time.perf_counter()
         try:
-            load_s = self._loans.borrow(task)
+            with lines_about(**task.about):
+                load_s = self._loans.borrow(task)
         except ModelLoadFailed:  # which has been told; another worker may be able to
             self._end(task, "released")
             return False
@@ -253,7 +254,7 @@ class Engine:
                 self._end(task, "canceled")
             elif now - task.leased_at > self._fence_after_s:
                 # soon somebody else may run it; until then, as long as nobody does, it is ours to give back
-                log.warning("fenced", task_id=task.claimed.task_id, request_id=task.claimed.request_id)
+                log.warning("fenced", **task.about)
                 self._end(task, "released")
             elif now >= task.stop[0]:
                 self._trip(task)
@@ -265,7 +266,7 @@ class Engine:
         else:
             limit_s = self._run_limits[request.model]
             message = f"stopped: a picture of model {request.model} may take {limit_s:g} s (its run_limit_s)"
-        log.warning("fuse_tripped", task_id=task.claimed.task_id, request_id=task.claimed.request_id, cause=cause)
+        log.warning("fuse_tripped", **task.about, cause=cause)
         task.fuse = cause
         self._fail(task, DeadlineExceeded(message))
 
@@ -292,7 +293,8 @@ class Engine:
             if len(batch) == 1:
                 self._fail(batch[0].task, error)
                 return
-            log.warning("step_failed", model=model, batch=len(batch), error=type(error).__name__)
+            about = [picture.task.claimed.task_id for picture in batch]
+            log.warning("step_failed", model=model, batch=len(batch), task_ids=about, error=type(error).__name__)
         # One run may have broken the forward of all: each goes on alone, and only the culprit fails. Not within the
         # handler, where the error would keep alive what the failed forward had put into memory.
         pipeline.release_memory()
@@ -326,7 +328,7 @@ class Engine:
             return
         if not isinstance(error, FleetError):
             # the exception's own text may quote the prompt, so it goes neither to the client nor into the log
-            log.error("pipeline_failed", task_id=task.claimed.task_id, error=type(error).__name__)
+            log.error("pipeline_failed", **task.about, error=type(error).__name__)
             error = PipelineFailed(f"the picture could not be made ({type(error).__name__})")
         self._refuse(task, error)
 
@@ -351,7 +353,7 @@ class Engine:
 
     def _again_alone(self, task: HeldTask) -> None:
         """Begin a task anew, once, with the device to itself: what did not fit may have been in a crowd."""
-        log.warning("out_of_memory", task_id=task.claimed.task_id, active=len(self._active))
+        log.warning("out_of_memory", **task.about, active=len(self._active))
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not task)
         self._drop([picture for picture in self._active if picture.task is task])
         task.alone = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self, TypeVar
 
 import pynvml
@@ -71,8 +71,16 @@ def choose(devices: str) -> list[str]:
 class Watch:
     """Asks the driver in a thread of its own, so that one which hangs holds up nobody. Readings are the latest had."""
 
-    def __init__(self, indices: Iterable[int], *, every_s: float) -> None:
+    def __init__(
+        self,
+        indices: Iterable[int],
+        *,
+        every_s: float,
+        looked: Callable[[Sequence[GpuReading]], None] = lambda _readings: None,
+    ) -> None:
+        """`looked` is called in that thread with what the driver told, each time."""
         self._every_s = every_s
+        self._looked = looked
         self._readings: dict[int, tuple[float, GpuReading]] = {}  # each with when it was had, by time.monotonic
         self._missed = dict.fromkeys(indices, 0)
 
@@ -93,10 +101,13 @@ class Watch:
 
     def look(self) -> None:
         """Ask once."""
+        readings = []
         for index in self._missed:
             if (reading := read(index)) is not None:
                 self._readings[index] = (time.monotonic(), reading)
+                readings.append(reading)
             self._missed[index] = self._missed[index] + 1 if lost(index) else 0
+        self._looked(readings)
 
     def _run(self) -> None:
         while True:

@@ -278,6 +278,7 @@ class GpuWorker(SimpleWorker):
         task = HeldTask(claimed=claimed, deadline=deadline, alone=claimed.alone, leased_at=leased_at)
         with self._lock:
             self._held[id(task)] = task
+        log.info("attempt_started", **task.about, model=claimed.request.model, queued_ms=claimed.queued_ms)
         if self.preparer.prepare(task):
             self.engine.offer(task)
         else:

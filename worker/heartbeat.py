@@ -12,7 +12,7 @@ import struct
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from common.records import Fuse
 
 _CAUSES: tuple[Fuse, ...] = ("run_limit", "deadline")
-_ENTRY = struct.Struct("<64sIdB")  # task id, fence, stop_at, cause
+_ENTRY = struct.Struct("<64sIdB64s")  # task id, fence, stop_at, cause, request id
 _MOST_ENTRIES = 256  # tasks beyond are not told of; no device advances that many at once
 
 # Places of the numbers, and where the two lists of entries begin
@@ -46,6 +46,12 @@ class InHand(NamedTuple):
     fence: int
     stop_at: float
     cause: Fuse
+    request_id: str = ""
+
+    @property
+    def about(self) -> Mapping[str, str | int]:
+        """What a line of the log says of which task it is about."""
+        return {"task_id": self.task_id, "request_id": self.request_id, "attempt": self.fence}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,16 +159,21 @@ class Heartbeat:
         self._numbers[which] = 0  # a worker killed in between blames nobody
         for where, entry in zip(_places(which), told, strict=False):
             name = entry.task_id.encode()
-            _ENTRY.pack_into(self._memory, where, name, entry.fence, entry.stop_at, _CAUSES.index(entry.cause))
+            cause, request_id = _CAUSES.index(entry.cause), entry.request_id.encode()
+            _ENTRY.pack_into(self._memory, where, name, entry.fence, entry.stop_at, cause, request_id)
         self._numbers[which] = len(told)
         self._told[which] = list(entries)
 
     def _listed(self, which: int) -> Sequence[InHand]:
         entries = []
         for _, where in zip(range(int(self._numbers[which])), _places(which), strict=False):
-            name, fence, stop_at, cause = _ENTRY.unpack_from(self._memory, where)
-            entries.append(InHand(name.rstrip(b"\0").decode(), fence, stop_at, _CAUSES[cause]))
+            name, fence, stop_at, cause, request_id = _ENTRY.unpack_from(self._memory, where)
+            entries.append(InHand(_text(name), fence, stop_at, _CAUSES[cause], _text(request_id)))
         return entries
+
+
+def _text(padded: bytes) -> str:
+    return padded.rstrip(b"\0").decode(errors="replace")
 
 
 def _places(which: int) -> range:

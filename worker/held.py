@@ -52,6 +52,11 @@ class HeldTask:
         return Hold(self.claimed.task_id, self.claimed.fence)
 
     @property
+    def about(self) -> Mapping[str, str | int]:
+        """What a line of the log says of which task it is about."""
+        return {"task_id": self.claimed.task_id, "request_id": self.claimed.request_id, "attempt": self.claimed.fence}
+
+    @property
     def steps_done(self) -> int:
         """Steps that its slowest picture has done."""
         if len(self.runs) < self.claimed.request.n:
@@ -97,7 +102,7 @@ class HeldTask:
     @property
     def in_hand(self) -> InHand:
         """How the supervisor is told of it."""
-        return InHand(*self.hold, *self.stop)
+        return InHand(*self.hold, *self.stop, self.claimed.request_id)
 
 
 @dataclass(eq=False)

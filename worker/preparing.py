@@ -11,7 +11,7 @@ from common import inputs
 from common.errors import FleetError, StorageError
 from common.schemas import TaskError
 from common.storage.base import BaseStorage
-from common.telemetry import get_logger
+from common.telemetry import get_logger, lines_about
 from worker import loras
 from worker.held import HeldTask
 from worker.inputs import Inputs
@@ -49,12 +49,12 @@ class Preparer:
         request = task.claimed.request
         try:
             if request.loras or inputs.named(request):
-                with self._reading(task) as another:
+                with lines_about(**task.about), self._reading(task) as another:
                     task.loras = loras.resolve(self._lora_dir, request.loras)
                     task.inputs = self._inputs.fetch(request, another)
         except Exception as error:
             if not isinstance(error, FleetError):
-                log.error("input_failed", task_id=task.claimed.task_id, error=type(error).__name__)
+                log.error("input_failed", **task.about, error=type(error).__name__)
                 error = StorageError(f"what it is made from could not be read ({type(error).__name__})")
             task.error = TaskError(code=error.code, message=error.message, retryable=error.retryable)
             task.outcome = "failed"

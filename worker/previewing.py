@@ -29,4 +29,4 @@ def show(picture: Picture, pipeline: BasePipeline) -> None:
         raise
     except Exception as error:
         task.preview_due = float("inf")
-        log.warning("preview_failed", task_id=task.claimed.task_id, error=type(error).__name__)
+        log.warning("preview_failed", **task.about, error=type(error).__name__)

@@ -60,16 +60,16 @@ class Reaper:
             if now >= self._next_reap:
                 self._next_reap = now + REAP_INTERVAL_S
                 self._note(self._broker.reap())
-                for task_id in self._broker.expire():
-                    log.info("task_expired", task_id=task_id)
+                for expired in self._broker.expire():
+                    log.info("task_expired", **expired._asdict())
                 self._broker.sample()
             if now >= self._next_disk:
                 self._next_disk = now + DISK_INTERVAL_S
                 self._note_disk()
             if now >= self._next_reconcile:
                 self._next_reconcile = now + RECONCILE_INTERVAL_S
-                for task_id in self._broker.reconcile(RECONCILE_INTERVAL_S * 0.9):
-                    log.warning("task_put_back", task_id=task_id)
+                for put_back in self._broker.reconcile(RECONCILE_INTERVAL_S * 0.9):
+                    log.warning("task_put_back", **put_back._asdict())
             self._away = False
         except RedisUnavailable as error:
             if not self._away:
@@ -80,7 +80,11 @@ class Reaper:
         for task in burial.tripped:
             message = "stopped: its step stood still on the device beyond the time it had"
             error = TaskError(code="deadline_exceeded", message=message)
-            self._broker.finish(burial.worker, Hold(task.task_id, task.fence), "failed", error=error, fuse=task.cause)
+            ended = self._broker.finish(
+                burial.worker, Hold(task.task_id, task.fence), "failed", error=error, fuse=task.cause
+            )
+            outcome = "lost" if ended == "lost" else "failed"
+            log.info("attempt_ended", **task.about, worker=burial.worker, outcome=outcome, code=error.code)
         suspects, bystanders = ([task.task_id for task in group] for group in (burial.suspects, burial.bystanders))
         self._note(self._broker.reap(burial.worker, suspects, bystanders, crashed=burial.crashed))
 
@@ -94,8 +98,9 @@ class Reaper:
 
     def _note(self, reaped: list[Reaped]) -> None:
         for task_id, fence, outcome, worker, request_id in reaped:
-            log.warning("task_reaped", task_id=task_id, outcome=outcome, worker=worker, request_id=request_id)
+            about = {"task_id": task_id, "request_id": request_id, "attempt": fence, "worker": worker}
+            log.warning("task_reaped", **about, outcome=outcome)
             try:
                 discard_attempt(self._storage, worker, task_id, fence)  # stored, perhaps, and never committed
             except StorageError as error:
-                log.warning("attempt_not_discarded", task_id=task_id, worker=worker, error=error.message)
+                log.warning("attempt_not_discarded", **about, error=error.message)

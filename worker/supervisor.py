@@ -22,7 +22,7 @@ from common.servicemanager import service_manager
 from common.settings import Settings, child_environment
 from common.storage import open_storage
 from common.telemetry import get_logger
-from worker import devicelock, gpu
+from worker import devicelock, gpu, gpulog
 from worker.drift import Drift
 from worker.heartbeat import InHand
 from worker.housekeeping import Housekeeping
@@ -34,7 +34,7 @@ log = get_logger()
 
 TICK_S = 0.1
 LOOK_INTERVAL_S = 1.0  # at what changes slowly: zombies, memory
-GPU_INTERVAL_S = 5.0  # at whether the GPUs are still there
+GPU_INTERVAL_S = 5.0  # at the GPUs: whether they are still there, and a line of gpu.csv each
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 STEADY_S = 30.0  # a child that was ready this long, or has made a picture, starts its back-off afresh
@@ -69,7 +69,9 @@ class Supervisor:
         self._reaper = Reaper(self._broker, open_storage(settings))
         self._housekeeping = Housekeeping(settings)
         self._manager = service_manager()
-        self._gpus = gpu.Watch([int(device) for device in devices if device != gpu.CPU], every_s=GPU_INTERVAL_S)
+        gpus = [int(device) for device in devices if device != gpu.CPU]
+        looked = gpulog.keeper(settings.log_dir if gpus else None)
+        self._gpus = gpu.Watch(gpus, every_s=GPU_INTERVAL_S, looked=looked)
         self._stopping = False  # a bare flag: a handler that runs within Event.wait cannot set that event
         self._next_look = self._next_report = 0.0
 
@@ -202,7 +204,7 @@ class Supervisor:
     def _kill(self, child: Child, stalled: Stall) -> None:
         log.warning("worker_killed", worker=child.name, gpu=child.device, cause=stalled.cause)
         for task in stalled.tripped:
-            log.warning("fuse_tripped", task_id=task.task_id, cause=task.cause, worker=child.name)
+            log.warning("fuse_tripped", **task.about, cause=task.cause, worker=child.name)
         child.process.kill()
         try:
             child.process.wait(KILL_WAIT_S)

@@ -5,10 +5,10 @@
 local function find(delivery)
   local id, name = string.match(delivery, '^(.+)%-(ended)$')
   if not id then id, name = string.match(delivery, '^(.+)%-(started%-%d+)$') end
-  local r = redis.call('HMGET', K.TASK .. (id or ''), 'delivery:' .. (name or ''), 'tenant')
+  local r = redis.call('HMGET', K.TASK .. (id or ''), 'delivery:' .. (name or ''), 'tenant', 'request_id')
   if not r[1] then return nil end
   return {delivery = delivery, id = id, field = 'delivery:' .. name, tenant = r[2], queue = K.WEBHOOK_QUEUE .. r[2],
-    is = cjson.decode(r[1])}
+    is = cjson.decode(r[1]), request_id = r[3] or ''}
 end
 
 local function keep(found)

@@ -1,6 +1,6 @@
 -- Puts back every delivery that should stand in its queue and does not, as after `rq empty`.
 -- ARGV: every_ms (nothing is done if it was done less long ago; 0: always)
--- Returns the ids put back
+-- Returns {{id, task id, request_id} …} of those put back
 if ARGV[1] ~= '0' and not redis.call('SET', K.DELIVER_MENDED, '1', 'NX', 'PX', ARGV[1]) then return {} end
 
 -- A look at each one holds up everybody, where a receiver that hangs has let a long line grow: only where the numbers
@@ -25,7 +25,7 @@ for _, delivery in ipairs(redis.call('ZRANGEBYSCORE', K.DELIVERIES, '+inf', '+in
       redis.call('ZADD', K.TO_DELIVER, 'NX', now, found.tenant)
     else
       queue_again(found, now, 'RPUSH')
-      back[#back + 1] = delivery
+      back[#back + 1] = {delivery, found.id, found.request_id}
     end
   end
 end

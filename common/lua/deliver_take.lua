@@ -3,7 +3,7 @@
 -- in one go.
 -- ARGV: courier, token (new for each take, the same when re-sent), room, most of one tenant, most tries, lease_ms,
 --       retention_ms, then tenant, how many of it the courier has under way …
--- Returns {whether some are left in line (1|0), {id, task id, event, fence, tries with this one, tenant, made_at} …}
+-- Returns {whether some are left in line (1|0), {id, task id, event, fence, tries with this one, tenant, made_at, request_id} …}
 local courier, token, room, most = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local lease_ms, retention_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
 local LOOK_AT = 500 -- that are due; a courier comes again at once
@@ -11,7 +11,7 @@ local now = now_ms()
 
 local function row(found)
   local d = found.is
-  return {found.delivery, found.id, d.event, d.fence, d.tries, found.tenant, d.made_at}
+  return {found.delivery, found.id, d.event, d.fence, d.tries, found.tenant, d.made_at, found.request_id}
 end
 
 local last = redis.call('GET', K.DELIVER_TAKEN .. courier)

@@ -2,7 +2,7 @@
 -- tenant with a queue stand in line, and counts as running only what runs.
 -- ARGV: grace_ms (younger tasks are left alone), every_ms (nothing is done if it was done less long ago; 0: always),
 --       retention_ms
--- Returns the ids put back
+-- Returns {{id, request_id} …} of the tasks put back
 if ARGV[2] ~= '0' and not redis.call('SET', K.RECONCILED, '1', 'NX', 'PX', ARGV[2]) then return {} end
 local now = now_ms()
 local standing, read = {}, {}
@@ -22,11 +22,12 @@ end
 
 local back = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.OPEN, 0, now - ARGV[1])) do
-  local r = redis.call('HMGET', K.TASK .. id, 'status', 'queue', 'model', 'priority', 'tenant', 'fence', 'cancel')
+  local r = redis.call('HMGET', K.TASK .. id, 'status', 'queue', 'model', 'priority', 'tenant', 'fence', 'cancel',
+    'request_id')
   if r[1] == 'queued' then
     if not stands(id, r[2]) then
       requeue(id, r[3], r[4], r[5], r[2])
-      back[#back + 1] = id
+      back[#back + 1] = {id, r[8] or ''}
     elseif make_ready(r[3], r[4], r[5]) then
       ring(r[3])
     end
@@ -37,7 +38,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.OPEN, 0, now - ARGV[1])) do
         settle(id, r[2], 'canceled', '', now, tonumber(ARGV[3]))
       else
         requeue(id, r[3], r[4], r[5], r[2])
-        back[#back + 1] = id
+        back[#back + 1] = {id, r[8] or ''}
       end
     end
   else

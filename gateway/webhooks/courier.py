@@ -107,8 +107,8 @@ class Courier:
                     self._broker.sample()
                 if time.monotonic() >= mend_at:
                     mend_at = time.monotonic() + MEND_S
-                    for delivery_id in self._broker.mend_deliveries(MEND_S / 2):
-                        log.warning("webhook_put_back", delivery_id=delivery_id)
+                    for stray in self._broker.mend_deliveries(MEND_S / 2):
+                        log.warning("webhook_put_back", **stray._asdict())
                 self._feed()
                 self._manager.ready()
             except RedisUnavailable as error:
@@ -159,7 +159,7 @@ class Courier:
                 verdict = self._tell(errand, cutoff)
             self._settle(errand, verdict, duration_ms=round((time.monotonic() - began) * 1000, 1))
         except RedisUnavailable as error:
-            log.warning("redis_away", error=error.message, delivery_id=errand.delivery_id)  # its lease brings it back
+            log.warning("redis_away", error=error.message, **errand.about)  # its lease brings it back
         finally:
             with self._lock:
                 self._under_way.pop(errand, None)
@@ -171,8 +171,7 @@ class Courier:
         )
         log.info(
             "webhook_tried",
-            delivery_id=errand.delivery_id,
-            task_id=errand.task_id,
+            **errand.about,
             tenant=errand.tenant,
             tries=errand.tries,
             outcome=verdict.outcome if settled == "ok" else settled,
@@ -187,7 +186,7 @@ class Courier:
         except RedisUnavailable:
             raise
         except Exception as error:  # no message: pydantic's and others' repeat what a client sent
-            log.error("webhook_broke", delivery_id=errand.delivery_id, error=type(error).__name__)
+            log.error("webhook_broke", **errand.about, error=type(error).__name__)
             return self._failure(errand, error="a fault here; it is in the courier's log")
 
     def _try(self, errand: Errand, cutoff: Cutoff) -> Verdict:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from worker import gpu
+from worker import gpu, gpulog
 
 
 @pytest.mark.gpu
@@ -20,3 +22,13 @@ def test_the_driver_gives_every_figure() -> None:
 def test_a_gpu_that_is_there_is_not_lost() -> None:
     assert not gpu.lost(0)
     assert (gpu.memory_mb(0) or 0) > 1000
+
+
+@pytest.mark.gpu
+def test_a_look_at_a_real_gpu_is_a_line_of_gpu_csv(tmp_path: Path) -> None:
+    gpu.Watch([0], every_s=60, looked=gpulog.keeper(tmp_path)).look()
+    header, line = (tmp_path / "gpu.csv").read_text().splitlines()
+    assert header == gpulog.HEADER
+    index, used, free, utilisation = (int(cell) for cell in line.split(",")[1:])
+    assert index == 0 and used >= 0 and 0 <= utilisation <= 100
+    assert used + free == gpu.memory_mb(0)

@@ -155,10 +155,10 @@ def test_the_books_are_kept_as_these_users(guarded: GuardedRedis, gateway_side: 
     for task_id in (lost, given_back, late):
         assert gateway_side.cancel(task_id, None) == "canceled"
     guarded.client.delete("rq:queue:simulated.normal.default")
-    eventually(lambda: astray in worker_side.reconcile(), within_s=15, every_s=0.2)
+    eventually(lambda: (astray, "") in worker_side.reconcile(), within_s=15, every_s=0.2)
     assert gateway_side.cancel(astray, None) == "canceled"
     (expiring,) = submit_many(gateway_side, 1, deadline_s=0.05)
-    eventually(lambda: expiring in worker_side.expire())
+    eventually(lambda: (expiring, "") in worker_side.expire())
     assert record(gateway_side, expiring).status == "expired"
     assert len(gateway_side.shared_secret("signing")) == 32
     gateway_side.probe()

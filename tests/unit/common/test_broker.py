@@ -408,7 +408,7 @@ def test_sixteen_reapers_requeue_once(broker: Broker, submit: SubmitFn) -> None:
 def test_a_queued_task_expires_at_its_deadline_with_no_worker_about(broker: Broker, submit: SubmitFn) -> None:
     late, patient = submit(deadline_s=0.001), submit(deadline_s=60.0)
     threading.Event().wait(0.05)
-    assert broker.expire() == [late]
+    assert broker.expire() == [(late, "")]
     assert broker.expire() == []
     record = broker.view(late)
     assert record is not None
@@ -434,7 +434,7 @@ def test_one_reconciliation_is_enough_for_a_fleet(
     redis_server.client.delete(keys.RQ_QUEUE + QUEUE)
     assert broker.reconcile(0.3) == []
     threading.Event().wait(0.35)
-    assert broker.reconcile(0.3) == [task_id]
+    assert broker.reconcile(0.3) == [(task_id, "")]
 
 
 def test_a_task_given_back_still_expires_at_its_deadline(broker: Broker, submit: SubmitFn) -> None:
@@ -442,7 +442,7 @@ def test_a_task_given_back_still_expires_at_its_deadline(broker: Broker, submit:
     task = claim_one(broker)
     broker.release("w1", hold(task))
     threading.Event().wait(0.3)
-    assert broker.expire() == [task.task_id]
+    assert broker.expire() == [(task.task_id, task.request_id)]
 
 
 def test_a_claim_sent_again_renews_its_leases(
@@ -477,7 +477,7 @@ def test_the_reconciler_puts_back_what_stands_nowhere(
     claim_one(broker)
     redis_server.client.lrem(keys.RQ_QUEUE + QUEUE, 1, stranded)
     redis_server.client.zrem(keys.LEASES, leaseless)
-    assert sorted(broker.reconcile()) == sorted([stranded, leaseless])
+    assert sorted(moved.task_id for moved in broker.reconcile()) == sorted([stranded, leaseless])
     assert broker.reconcile() == []
     claimed = [task.task_id for task in broker.claim("w2", "cpu", ["simulated"], 9).tasks]
     assert sorted(claimed) == sorted([stranded, standing, leaseless])

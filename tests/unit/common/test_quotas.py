@@ -97,7 +97,7 @@ def test_a_task_taken_back_counts_again_and_the_last_one_leaves_no_trace(
         assert waiting(redis_server) == {mine}
     redis_server.client.delete(keys.RQ_QUEUE + "simulated.normal.default")  # as `rq empty` does
     assert waiting(redis_server) == {mine}, "it is still to be done"
-    assert broker.reconcile() == [mine]
+    assert broker.reconcile() == [(mine, "")]
     redis_server.client.delete(keys.RQ_QUEUE + "simulated.normal.default")
     broker.cancel(mine, None)
     assert waiting(redis_server) == set()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import subprocess
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from common import telemetry
-from common.errors import ConfigurationError
 from common.settings import load_settings
 
+ROOT = Path(__file__).parents[3]
 LOG_TWICE = """
 import sys, logging
 from pathlib import Path
@@ -54,13 +55,6 @@ def test_no_two_processes_write_one_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.log"))) == 3
 
 
-def test_files_rotate_at_a_hundred_megabytes_and_seven_are_kept(tmp_path: Path) -> None:
-    handler = telemetry._handler(tmp_path, "rotating")
-    assert isinstance(handler, logging.handlers.RotatingFileHandler)
-    assert (handler.maxBytes, handler.backupCount) == (100 * 1024 * 1024, 7)
-    handler.close()
-
-
 def test_without_a_folder_logs_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
@@ -73,11 +67,37 @@ def test_without_a_folder_logs_go_to_stderr(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().err)["event"] == "seen"
 
 
-def test_a_folder_that_cannot_be_written_names_its_setting(tmp_path: Path) -> None:
-    in_the_way = tmp_path / "file"
-    in_the_way.write_text("")
-    with pytest.raises(ConfigurationError, match="ZFLEET_LOG_DIR"):
-        telemetry._handler(in_the_way / "logs", "test")
+def test_lines_within_a_block_are_about_the_same_task(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        telemetry.configure(load_settings(), "test")
+        with telemetry.lines_about(task_id="t1", request_id="r1"):
+            telemetry.get_logger().info("mine")
+            logging.getLogger("some.library").warning("mine too")
+        telemetry.get_logger().info("nobody's")
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line.get("task_id"), line.get("request_id")) for line in lines] == [("t1", "r1")] * 2 + [(None, None)]
+
+
+CALLS = [
+    (path.relative_to(ROOT).as_posix(), call)
+    for package in ("common", "gateway", "worker", "zfleet")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    for call in ast.walk(ast.parse(path.read_text("utf-8")))
+    if isinstance(call, ast.Call)
+    and isinstance(call.func, ast.Attribute)
+    and call.func.attr in ("debug", "info", "warning", "error", "critical")
+    and any(keyword.arg == "task_id" for keyword in call.keywords)
+]
+
+
+def test_whoever_logs_a_task_names_its_request_too() -> None:
+    for module, call in CALLS:
+        assert any(keyword.arg == "request_id" for keyword in call.keywords), f"{module}:{call.lineno}"
 
 
 def test_a_librarys_warning_is_a_line_of_the_log() -> None:
