@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -175,7 +177,9 @@ def test_access_log(edge: Edge) -> None:
     assert [entry["path"] for entry in entries] == ["/api/submit", '/a%22b"\\c', "-", "/api/status/t1"]
     first, slow = entries[0], entries[-1]
     assert (first["method"], first["status"], first["client"]) == ("POST", 202, "127.0.0.1")
-    assert first["bytes"] > 100 and first["time"].startswith("20")
+    assert first["bytes"] > 100 and (first["role"], first["event"]) == ("nginx", "request")
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", first["time"])
+    assert abs(datetime.fromisoformat(first["time"]) - datetime.now(UTC)) < timedelta(minutes=1)
     assert 1100 <= slow["duration_ms"] < 3000 and 1.1 <= float(slow["upstream_seconds"]) < 3
     assert "zf_secret" not in (edge.run / "access.log").read_text()
 
