@@ -76,6 +76,7 @@ class Broker(FleetView, Keyring, Operating, RateLimits, Outbox, Figures):
             "steps": request.steps,
             "pixels": request.width * request.height,
             "request_id": task.request_id,
+            "traceparent": task.traceparent,
             "deadline_ms": math.ceil(request.deadline_s * 1000) if request.deadline_s else 0,
             "idempotency": idempotency,
             "body_hash": task.body_hash,

@@ -17,6 +17,8 @@ from common.records import (
     SUMMARY,
     EtaErrors,
     Event,
+    Traced,
+    attempt,
     eta_errors,
     queue_depth,
     seconds,
@@ -50,6 +52,24 @@ class FleetView(Link):
         """Return what a running task is going to show, as base64 of a WebP file; None where nobody has told."""
         found: str | None = self._patiently(lambda: self._redis.hget(keys.TASK + task_id, "preview"))
         return found
+
+    def traced(self, task_id: str, fence: int | None = None) -> Traced | None:
+        """Return what the trace of a task tells of this attempt (None: of the next); None where it is not traced."""
+
+        def read(*fields: str) -> list[str | None]:
+            found: list[str | None] = self._patiently(lambda: self._redis.hmget(keys.TASK + task_id, *fields))
+            return found
+
+        traceparent, request_id, model, created, last = read(
+            "traceparent", "request_id", "model", "created_at", "fence"
+        )
+        if not traceparent:
+            return None
+        nth = int(last or 0) + 1 if fence is None else fence
+        this, before = (attempt(text) if text else None for text in read(f"attempt:{nth}", f"attempt:{nth - 1}"))
+        ended = before.ended_at if before else None
+        in_line_ms = round(ended.timestamp() * 1000) if ended else int(created or 0)
+        return Traced(traceparent, request_id or "", model or "", in_line_ms, this)
 
     def tasks(
         self,

@@ -45,6 +45,7 @@ class NewTask:
     max_queued: int | None = None  # tasks of that key that may stand in line, this one among them
     reject_if_late: bool = False  # refuse it if by the estimate it would end after its deadline_s
     request_id: str = ""
+    traceparent: str = ""  # where it is traced: what its spans are children of
     idempotency_key: str = ""
     body_hash: str = ""
     retry_of: str = ""  # the task that this one does over
@@ -78,6 +79,8 @@ class Claimed:
     queued_ms: int
     deadline_in_s: float | None
     alone: bool = False  # it was on a device when that worker died: no other run beside it
+    traceparent: str = ""  # '' where it is not traced
+    waited_ms: int = 0  # of queued_ms, since it last came into line; known where it is traced
 
 
 class Claim(NamedTuple):
@@ -119,6 +122,16 @@ class Reaped(NamedTuple):
     outcome: Fate
     worker: str
     request_id: str
+
+
+class Traced(NamedTuple):
+    """What a task's trace tells of one attempt, and of its wait for that; None where it was never begun."""
+
+    traceparent: str
+    request_id: str
+    model: str
+    in_line_ms: int  # since 1970, when it came into line for it
+    attempt: Attempt | None
 
 
 class Moved(NamedTuple):
@@ -203,7 +216,7 @@ def when(milliseconds: str | int | None) -> datetime | None:
 
 
 def claimed(row: list[Any]) -> Claimed:
-    task_id, fence, queue, queued_ms, deadline_ms, request, request_id, alone = row
+    task_id, fence, queue, queued_ms, deadline_ms, request, request_id, alone, traceparent, waited_ms = row
     return Claimed(
         task_id=task_id,
         fence=fence,
@@ -213,6 +226,8 @@ def claimed(row: list[Any]) -> Claimed:
         queued_ms=queued_ms,
         deadline_in_s=deadline_ms / 1000 if deadline_ms else None,
         alone=bool(alone),
+        traceparent=traceparent,
+        waited_ms=waited_ms,
     )
 
 

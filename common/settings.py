@@ -17,6 +17,10 @@ from common.models import SIZE_MULTIPLE, Catalogue, load_catalogue
 PREFIX = "ZFLEET_"
 SECRET = "api_key"  # the one setting that is one
 SERVICE_MANAGER = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # systemd's, for the process that it started alone
+_OTEL = (
+    "SDK_DISABLED", "TRACES_EXPORTER", "EXPORTER_OTLP_ENDPOINT", "EXPORTER_OTLP_TRACES_ENDPOINT",
+    "EXPORTER_OTLP_PROTOCOL", "EXPORTER_OTLP_TRACES_PROTOCOL",
+)  # fmt: skip
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,64}=[^=]+")
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
@@ -289,6 +293,27 @@ def granted_gpus() -> list[str] | None:
     """Return the GPU indices that a scheduler or the operator granted by CUDA_VISIBLE_DEVICES; None: all of them."""
     granted = os.environ.get("CUDA_VISIBLE_DEVICES")
     return None if granted is None else [part.strip() for part in granted.split(",") if part.strip().isdecimal()]
+
+
+def traces_wanted() -> bool:
+    """Return whether OpenTelemetry's variables ask for traces; the other ones its SDK reads itself.
+
+    Raises ConfigurationError for an exporter or protocol that zfleet does not have.
+    """
+    said = {name: os.environ.get(f"OTEL_{name}", "").strip() for name in _OTEL}
+    exporter = said["TRACES_EXPORTER"]
+    if said["SDK_DISABLED"].lower() == "true" or exporter == "none":
+        return False
+    if exporter not in ("", "otlp"):
+        raise ConfigurationError(f"OTEL_TRACES_EXPORTER: must be otlp or none, not {exporter!r}")
+    if not (exporter or said["EXPORTER_OTLP_ENDPOINT"] or said["EXPORTER_OTLP_TRACES_ENDPOINT"]):
+        return False
+    protocol = said["EXPORTER_OTLP_TRACES_PROTOCOL"] or said["EXPORTER_OTLP_PROTOCOL"]
+    if protocol not in ("", "http/protobuf"):
+        raise ConfigurationError(
+            f"OTEL_EXPORTER_OTLP_PROTOCOL: must be http/protobuf, which collectors take at port 4318, not {protocol!r}"
+        )
+    return True
 
 
 def mask_url(url: str) -> str:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import listening
+from common import listening, tracing
 from common.servicemanager import service_manager
 from common.settings import load_settings
 
@@ -77,6 +77,11 @@ def when_ready(server: Any) -> None:
 
 def on_exit(_server: Any) -> None:
     manager.stopping()
+
+
+def worker_exit(_server: Any, _worker: Any) -> None:
+    """Send the traces that wait to be sent."""
+    tracing.close()
 
 
 def post_worker_init(_worker: Any) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Request, request
 
 from common import telemetry
+from gateway import traces
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -52,6 +53,7 @@ class RequestLog:
         own = given if _GIVEN.fullmatch(given) else secrets.token_hex(8)
         environ[REQUEST_ID] = own
         line: dict[str, Any] = {"status": None}
+        span = traces.begin(environ)
 
         def start(code: str, headers: list[tuple[str, str]], exc_info: Any = None, /) -> Any:
             line.update(_what(environ), status=int(code[:3]))
@@ -65,6 +67,8 @@ class RequestLog:
             seconds, method = time.perf_counter() - began, environ["REQUEST_METHOD"]
             _log().info("request", request_id=own, method=method, duration_ms=round(seconds * 1000, 2), **line)
             self._answered(line.get("route"), method, line["status"], seconds)
+            if span is not None:
+                traces.end(span, own, line)
 
 
 def current_id() -> str:

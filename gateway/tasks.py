@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from types import MappingProxyType
 
-from common import inputs
+from common import inputs, tracing
 from common.broker import Broker
 from common.errors import (
     AlreadyFinal,
@@ -118,6 +118,7 @@ class Tasks:
             reject_if_late=request.reject_if_late,
             request=resolved,
             request_id=request_id,
+            traceparent=tracing.carried(),
             idempotency_key=idempotency_key,
             body_hash=submission.body_hash(asked, pictures) if idempotency_key else "",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
+from common import tracing
 from common.errors import ConfigurationError
 from common.settings import load_settings
 from common.telemetry import configure
@@ -22,13 +23,16 @@ def main(argv: list[str]) -> int:
         from worker.supervisor import Supervisor
 
         configure(settings, "supervisor")
+        tracing.configure("supervisor")
         supervisor = Supervisor(settings)
     except ConfigurationError as error:
         sys.stderr.write(f"zfleet: {error.message}\n")
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
-    return supervisor.run()
+    code = supervisor.run()
+    tracing.close()
+    return code
 
 
 if __name__ == "__main__":

@@ -83,12 +83,16 @@ class Committer:
     def _run(self, task: HeldTask) -> None:
         try:
             began = time.perf_counter()
-            images = self._store(task) if task.outcome == "succeeded" else []
-            stages = _stages(task, time.perf_counter() - began)
+            images, store_s = [], 0.0
+            if task.outcome == "succeeded":
+                images = self._store(task)
+                store_s = task.was_at("store", began)
+            stages, began = _stages(task, store_s), time.perf_counter()
             if task.outcome == "released":
                 self._broker.release(self._worker, task.hold, give_up=self._abandoned)
             elif task.outcome in ("succeeded", "failed", "canceled"):
                 self._finish(task, images, stages)
+            task.was_at("finish", began)
             log.info(
                 "attempt_ended",
                 **task.about,
@@ -99,6 +103,8 @@ class Committer:
                 duration_ms=round(task.busy_s * 1000, 1),
                 **stages.model_dump(),
             )
+            if task.trace is not None and task.outcome != "lost":  # then whoever took it back has told
+                task.trace.tell(task, self._worker, stages)
         except Exception as error:
             # The lease runs out and the supervisor takes the task back, so nothing is lost.
             log.error("commit_failed", **task.about, error=type(error).__name__)

@@ -203,6 +203,7 @@ class Engine:
         if load_s:
             self._stood_still(load_s)
             task.load_s, task.began = load_s, began
+            task.was_at("load", began)
         return load_s is not None
 
     def _stood_still(self, seconds: float) -> None:
@@ -240,7 +241,7 @@ class Engine:
         except Exception as error:
             self._fail(task, error)
             return
-        task.encode_s += time.perf_counter() - began
+        task.encode_s += task.was_at("encode", began, index)
         task.runs.append(run)
         task.warnings.extend(w for w in run.warnings if w not in task.warnings)
         self._active.append(Picture(task, index, run, began))
@@ -314,9 +315,8 @@ class Engine:
         except Exception as error:
             self._fail(task, error)
             return
-        now = time.perf_counter()
-        task.decode_s += now - began
-        task.pictures_s += now - picture.began
+        task.decode_s += task.was_at("decode", began, picture.index)
+        task.pictures_s += time.perf_counter() - picture.began
         task.fuses.pop(picture.index, None)
         self._drop([picture])
         if len(task.pixels) == task.claimed.request.n:

@@ -19,7 +19,7 @@ from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from common import storage
+from common import storage, tracing
 from common.broker import Broker
 from common.cards import WorkerCard
 from common.connection import connect, patiently
@@ -29,7 +29,7 @@ from common.schemas import PRIORITIES
 from common.settings import Settings
 from common.storage.base import discard_attempt
 from common.telemetry import configure, get_logger
-from worker import gpu, memory
+from worker import gpu, memory, traces
 from worker.commit import Committer
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat, Stage
@@ -275,7 +275,8 @@ class GpuWorker(SimpleWorker):
 
     def _take(self, claimed: Claimed, leased_at: float) -> None:
         deadline = time.monotonic() + claimed.deadline_in_s if claimed.deadline_in_s else None
-        task = HeldTask(claimed=claimed, deadline=deadline, alone=claimed.alone, leased_at=leased_at)
+        trace = traces.begin(claimed)
+        task = HeldTask(claimed=claimed, deadline=deadline, alone=claimed.alone, leased_at=leased_at, trace=trace)
         with self._lock:
             self._held[id(task)] = task
         log.info("attempt_started", **task.about, model=claimed.request.model, queued_ms=claimed.queued_ms)
@@ -343,6 +344,7 @@ def main(name: str, device: str, settings: Settings, parent_pipe: int | None, he
     `heartbeat` is the descriptor of the memory that the supervisor reads; without one there is none.
     """
     configure(settings, "worker", worker=name, gpu=device)
+    tracing.configure("worker", name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     try:
         worker = patiently(
@@ -361,6 +363,8 @@ def main(name: str, device: str, settings: Settings, parent_pipe: int | None, he
         return worker.run()
     except FleetError as error:
         return _failed(error)
+    finally:
+        tracing.close()
 
 
 def _failed(error: FleetError) -> int:

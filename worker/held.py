@@ -15,6 +15,7 @@ from common.records import Claimed, Fuse, Hold, Verdict
 from common.schemas import TaskError
 from worker.heartbeat import InHand
 from worker.pipelines.base import ImageRequest, Lora, Run
+from worker.traces import Trace
 
 Outcome = Literal["succeeded", "failed", "canceled", "released", "lost"]
 
@@ -46,6 +47,14 @@ class HeldTask:
     decode_s: float = 0.0
     pictures_s: float = 0.0  # that its pictures were in the making, one after another or not, added up
     busy_s: float = 0.0  # from `began` to its outcome
+    trace: Trace | None = None  # where it is traced
+
+    def was_at(self, stage: str, began: float, picture: int | None = None) -> float:
+        """Return the seconds since a stage began, on time.perf_counter's clock, having told its trace."""
+        ended = time.perf_counter()
+        if self.trace is not None:
+            self.trace.was_at(stage, began, ended, picture)
+        return ended - began
 
     @property
     def hold(self) -> Hold:

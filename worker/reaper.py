@@ -15,6 +15,7 @@ from common.records import Hold, Reaped
 from common.schemas import TaskError
 from common.storage.base import BaseStorage, discard_attempt
 from common.telemetry import get_logger
+from worker import traces
 from worker.heartbeat import InHand
 
 log = get_logger()
@@ -62,6 +63,7 @@ class Reaper:
                 self._note(self._broker.reap())
                 for expired in self._broker.expire():
                     log.info("task_expired", **expired._asdict())
+                    traces.tell_of_the_expired(self._broker, expired.task_id)
                 self._broker.sample()
             if now >= self._next_disk:
                 self._next_disk = now + DISK_INTERVAL_S
@@ -85,6 +87,7 @@ class Reaper:
             )
             outcome = "lost" if ended == "lost" else "failed"
             log.info("attempt_ended", **task.about, worker=burial.worker, outcome=outcome, code=error.code)
+            traces.tell_of_the_dead(self._broker, task.task_id, task.fence)
         suspects, bystanders = ([task.task_id for task in group] for group in (burial.suspects, burial.bystanders))
         self._note(self._broker.reap(burial.worker, suspects, bystanders, crashed=burial.crashed))
 
@@ -100,6 +103,7 @@ class Reaper:
         for task_id, fence, outcome, worker, request_id in reaped:
             about = {"task_id": task_id, "request_id": request_id, "attempt": fence, "worker": worker}
             log.warning("task_reaped", **about, outcome=outcome)
+            traces.tell_of_the_dead(self._broker, task_id, fence)
             try:
                 discard_attempt(self._storage, worker, task_id, fence)  # stored, perhaps, and never committed
             except StorageError as error:

@@ -16,7 +16,8 @@
 --       busy (1|0: whether the worker holds tasks), number of models in memory, then model, most pixels ('' for no
 --       limit) … (those in memory first)
 -- Returns {'suspended'|'ok', {model whose bell it rang …},
---          {id, fence, queue, queued_ms, deadline_in_ms, request, request_id, alone (1|0)} …}
+--          {id, fence, queue, queued_ms, deadline_in_ms, request, request_id, alone (1|0), traceparent ('' none), ms since
+--           it last came into line, which only a traced one tells apart from queued_ms} …}
 local worker, gpu, token, room = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local lease_ms, retention_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local bound_ms, ageing_ms, busy = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9] == '1'
@@ -34,10 +35,13 @@ local AGEING_EVERY = 10
 local now = now_ms()
 
 local function describe(id, fence)
-  local r = redis.call('HMGET', K.TASK .. id, 'queue', 'created_at', 'deadline_at', 'request', 'request_id', 'alone')
-  local deadline = tonumber(r[3])
+  local r = redis.call('HMGET', K.TASK .. id, 'queue', 'created_at', 'deadline_at', 'request', 'request_id', 'alone',
+    'traceparent')
+  local deadline, since = tonumber(r[3]), r[2]
+  local before = r[7] and redis.call('HGET', K.TASK .. id, 'attempt:' .. fence - 1)
+  if before then since = cjson.decode(before).ended_at or since end
   return {id, fence, r[1], now - r[2], deadline > 0 and math.max(1, deadline - now) or 0, r[4], r[5],
-    r[6] and 1 or 0}
+    r[6] and 1 or 0, r[7] or '', now - since}
 end
 
 local last = redis.call('GET', K.CLAIM .. worker)

@@ -1,6 +1,6 @@
 -- Accepts a task: record, RQ job, queue, bell. The same id, or the same Idempotency-Key and body, is one task.
 -- ARGV: id, task (JSON: tenant, key, model, priority, queue, cost, n, steps, pixels, request_id, deadline_ms after now or 0,
---       idempotency key or '', body_hash, webhook, retry_of or ''), request (JSON), job data (RQ),
+--       idempotency key or '', body_hash, webhook, retry_of or '', traceparent or ''), request (JSON), job data (RQ),
 --       bounds (JSON: queue_cap, fleet_cap, max_queued of the key or null, in_time: whether to refuse what would be late,
 --       slots of each model that is served), retention_ms,
 --       'again' for a task that was accepted already, whatever the bounds, and that Redis may have forgotten
@@ -52,6 +52,7 @@ if task.retry_of ~= '' then
   redis.call('HSET', K.TASK .. id, 'retry_of', task.retry_of)
   if redis.call('EXISTS', K.TASK .. task.retry_of) == 1 then redis.call('HSET', K.TASK .. task.retry_of, 'retried_as', id) end
 end
+if (task.traceparent or '') ~= '' then redis.call('HSET', K.TASK .. id, 'traceparent', task.traceparent) end
 enter(id, task.queue)
 redis.call('RPUSH', list, id)
 redis.call('ZADD', K.OPEN, now, id)
