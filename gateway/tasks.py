@@ -95,6 +95,7 @@ class Tasks:
         InvalidRequest, UnknownModel, QueueFull, QuotaUsedUp, TooLate, StorageFull, StorageError, IdempotencyConflict,
         and TaskExpired for a task made earlier whose result is past its retention.
         """
+        traceparent = tracing.carried()
         asked, (request, wrong) = request, self._templates.fill(request)
         spec = submission.check(request, self._catalogue, caller.priority_max, wrong)
         if request.webhook:
@@ -118,7 +119,7 @@ class Tasks:
             reject_if_late=request.reject_if_late,
             request=resolved,
             request_id=request_id,
-            traceparent=tracing.carried(),
+            traceparent=traceparent,
             idempotency_key=idempotency_key,
             body_hash=submission.body_hash(asked, pictures) if idempotency_key else "",
         )

@@ -63,7 +63,7 @@ class Collector(ThreadingHTTPServer):
         self.spans: list[Told] = []
         self.environment = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.server_address[1]}",
-            "OTEL_BSP_SCHEDULE_DELAY": "100",  # ms
+            "OTEL_BSP_SCHEDULE_DELAY": "60000",  # ms: so all of it is sent when a process stops
         }
 
     def trace(self, trace_id: str) -> list[Told]:

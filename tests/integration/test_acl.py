@@ -152,6 +152,7 @@ def test_the_books_are_kept_as_these_users(guarded: GuardedRedis, gateway_side: 
         if task.task_id == given_back:
             worker_side.release(worker.name, Hold(task.task_id, task.fence))
     eventually(lambda: lost in [reaped.task_id for reaped in worker_side.reap()], within_s=15, every_s=0.2)
+    assert worker_side.traced(lost, 1) is None
     for task_id in (lost, given_back, late):
         assert gateway_side.cancel(task_id, None) == "canceled"
     guarded.client.delete("rq:queue:simulated.normal.default")

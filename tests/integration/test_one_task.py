@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,33 @@ def test_a_client_that_wants_none_kept_gets_none(followed: Followed) -> None:
 
 def _pairs(spans: Sequence[Told]) -> Iterator[tuple[Told, Told]]:
     yield from itertools.pairwise(spans)
+
+
+def test_a_collector_that_never_answers_holds_up_no_submit_and_no_stop(settings: Settings, tmp_path: Path) -> None:
+    gateway = GatewayServer(settings, tmp_path / "gateway.log")
+    assert gateway.env is not None
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        gateway.env |= {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{deaf.getsockname()[1]}", "OTEL_BSP_SCHEDULE_DELAY": "10",
+        }  # fmt: skip
+        with gateway:
+            _submit_some(gateway)
+
+
+def _submit_some(gateway: GatewayServer) -> None:
+    eventually(lambda: _answers(gateway.url), within_s=30)
+    began = time.monotonic()
+    for _ in range(30):
+        answer = requests.post(f"{gateway.url}/api/submit", json={"prompt": "x", "model": "simulated"}, timeout=5)
+        assert answer.status_code == 202
+    assert time.monotonic() - began < 5
+    began = time.monotonic()
+    assert gateway.stop() == 0
+    assert time.monotonic() - began < 15
+
+
+def _answers(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health", timeout=1).status_code in (200, 503)
+    except requests.RequestException:
+        return False
