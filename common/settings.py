@@ -51,7 +51,9 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(None, description="what the CLI and the Python client show the gateway")
     insecure: bool = Field(False, description="while no API key was made, serve other machines too")
     data_dir: Path = Field(Path("~/.zfleet"), description="results and the embedded Redis")
-    log_dir: Path | None = Field(None, description="JSON log files, rotated; stderr when unset")
+    log_dir: Path | None = Field(
+        None, description="JSON log files and gpu.csv, rotated; unset: stderr, with `up` data_dir/logs"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     models: Names = Field(("turbo",), description="aliases served here; the first is the default")

@@ -38,7 +38,7 @@ class Line(NamedTuple):
     def is_reading(self) -> bool:
         """Whether it tells of a request that only looked."""
         status = self.fields.get("status")
-        return self.fields.get("method") in ("GET", "HEAD") and isinstance(status, int) and 200 <= status < 400
+        return self.fields.get("method") in ("GET", "HEAD") and isinstance(status, int) and status // 100 in (2, 3)
 
 
 @dataclass
