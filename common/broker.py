@@ -229,7 +229,7 @@ class Broker(FleetView, Keyring, Operating, RateLimits, Outbox, Figures):
         return [Reaped(*row) for row in reply]
 
     def expire(self) -> list[Moved]:
-        """End as expired every queued task whose deadline has passed; return these."""
+        """End as expired every queued task whose deadline has passed; return what did since somebody last asked."""
         return [Moved(*row) for row in self._run("expire", self._retention_ms, REAP_BATCH)]
 
     def reconcile(self, every_s: float = 0.0) -> list[Moved]:

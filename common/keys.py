@@ -43,6 +43,9 @@ DUE = "zf:due:"  # + model: zset of pictures on GPUs -> when they are expected t
 ETA_ERRORS = "zf:eta:errors"  # hash: how far estimates were off, a histogram for each model    finish
 REAPED = "zf:reaped"  # when somebody last looked for leases that had run out, ms     reap
 REAP_GRACE = "zf:reaped:grace"  # there while no lease counts as run out    reap
+EXPIRED = (
+    "zf:expired"  # list of ids that ended at their deadline and nobody has told of    whatever ends them; expire pops
+)
 RECONCILED = "zf:reconciled"  # there while the last reconciliation is fresh     reconcile
 WORKERS = "zf:workers"  # zset worker name -> last beat, ms      beat
 CARD = "zf:card:"  # + worker: how it describes itself, JSON     beat
@@ -88,6 +91,7 @@ TOMBSTONE_FACTOR = 2  # a record outlives its result by as long again, to answer
 PROBE_TTL_S = 60
 COUNTED_TTL_S = 3600
 DISK_TTL_S = 60  # a host that has not told for so long tells no more
+EXPIRED_MOST = 1_000  # that are kept to be told of, while no supervisor lives
 OVERDUE_S = 3600  # a run this long past its estimate is no longer counted as one
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from flask import Response
 
-from common import inputs
+from common import inputs, tracing
 from common.apikeys import ApiKey
 from common.broker import Broker
 from common.errors import (
@@ -83,6 +83,7 @@ class Retries:
             max_queued=key.max_queued if key else None,
             request=request,
             request_id=request_id,
+            traceparent=tracing.carried(),
             retry_of=record.task_id,
         )
         done = self._tasks.stand_in_line(task, pictures, refusal)

@@ -149,8 +149,9 @@ local function leave_queue(id, queue, model, priority, tenant)
   end
 end
 
--- Ends a queued task that nobody began in time. The caller has taken it out of its queue.
+-- Ends a queued task that nobody began in time; expire.lua has it told. The caller has taken it out of its queue.
 local function expire(id, queue, now, retention_ms)
   local error = {code = 'deadline_exceeded', message = 'the deadline passed before a worker was free', retryable = true}
   settle(id, queue, 'expired', cjson.encode(error), now, retention_ms)
+  if redis.call('LLEN', K.EXPIRED) < K.EXPIRED_MOST then redis.call('RPUSH', K.EXPIRED, id) end
 end

@@ -423,6 +423,7 @@ def test_a_look_at_a_task_past_its_deadline_ends_it_with_no_supervisor_about(bro
     assert status(broker, task_id) is TaskStatus.EXPIRED
     assert status(broker, other) is TaskStatus.QUEUED
     assert broker.queues()[0].queued == 1
+    assert (broker.expire(), broker.expire()) == ([(task_id, "")], []), "a supervisor that comes later tells of it"
 
 
 def test_one_reconciliation_is_enough_for_a_fleet(
@@ -467,6 +468,7 @@ def test_a_deadline_that_passes_in_the_queue_expires_the_task(broker: Broker, su
     assert record.error is not None
     assert (record.status, record.error.code) == (TaskStatus.EXPIRED, "deadline_exceeded")
     assert broker.pending() == 0
+    assert broker.expire() == [(task_id, "")]
 
 
 def test_the_reconciler_puts_back_what_stands_nowhere(
