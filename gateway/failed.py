@@ -112,14 +112,14 @@ class Clearing:
                 refused.append(Refused(task_id=failed.task_id, code=error.code, detail=error.message))
         return RequeueAnswer(requeued=requeued, refused=refused, more=False)
 
-    def purge(self, batch: Batch) -> PurgeAnswer:
+    def purge(self, batch: Batch, request_id: str) -> PurgeAnswer:
         """Remove up to so many tasks with their records and pictures; raises RedisUnavailable."""
         found = list(islice(self._failed(batch), batch.limit + 1))
         doomed = found[: batch.limit]
         if doomed:
             for purged in self._broker.purge(doomed):
                 self._tasks.hub.changed(purged.task_id)
-                storing.run(self._sweep, purged)
+                storing.run(self._sweep, purged, request_id)
         return PurgeAnswer(purged=len(doomed), more=len(found) > batch.limit)
 
     def _failed(self, batch: Batch, *, new: bool = False) -> Iterator[FailedTask]:
@@ -127,7 +127,7 @@ class Clearing:
             if not new or (task.known and not task.retried):
                 yield task
 
-    def _sweep(self, purged: Purged) -> None:
+    def _sweep(self, purged: Purged, request_id: str) -> None:
         """Remove what a task left in storage; housekeeping finds what cannot be removed now."""
         try:
             for key in purged.images:
@@ -136,7 +136,7 @@ class Clearing:
                 for day in {attempt.started_at.date(), (attempt.ended_at or attempt.started_at).date()}:
                     self._storage.remove(attempt_folder(attempt.worker, purged.task_id, fence, day))
         except StorageError as error:
-            log.warning("pictures_not_removed", task_id=purged.task_id, code=error.code)
+            log.warning("pictures_not_removed", task_id=purged.task_id, request_id=request_id, code=error.code)
 
 
 def create(clearing: Clearing) -> Api:
@@ -163,7 +163,7 @@ def create(clearing: Clearing) -> Api:
 
         Call it again while there are `more`.
         """
-        answer = clearing.purge(body)
+        answer = clearing.purge(body, requestlog.current_id())
         log.warning("failed_purged", count=answer.purged, by=caller().key_id)
         return json_answer(answer, headers=NO_STORE)
 

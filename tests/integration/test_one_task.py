@@ -116,7 +116,7 @@ def test_one_request_id_leads_from_nginx_to_the_last_attempt(
     ]  # fmt: skip
     ended = lines[-2]
     assert (ended["model"], ended["gpu"], ended["images"]) == ("simulated", "cpu", 1)
-    assert ended["denoise_ms"] == pytest.approx(800, rel=0.5)
+    assert 700 < ended["denoise_ms"] < ended["duration_ms"] < 30_000
     assert {"load_ms", "encode_ms", "decode_ms", "store_ms", "duration_ms"} < ended.keys()
 
 
@@ -152,7 +152,7 @@ def test_all_of_it_is_one_trace_with_the_right_parents(followed: Followed) -> No
     )
     assert all(second.began_ns <= span.began_ns and span.ended_ns <= second.ended_ns for span in stages)
     (denoise,) = [span for span in stages if span.name == "denoise"]
-    assert (denoise.ended_ns - denoise.began_ns) / 1e6 == pytest.approx(800, rel=0.5)
+    assert 700 < (denoise.ended_ns - denoise.began_ns) / 1e6 < 30_000
 
 
 def test_the_spans_say_whose_they_are_and_what_went_wrong(followed: Followed) -> None:
@@ -173,7 +173,7 @@ def test_the_spans_say_whose_they_are_and_what_went_wrong(followed: Followed) ->
         told = {name.removeprefix("zfleet."): value for name, value in span.attributes.items()}
         assert (told["task_id"], told["request_id"], told["worker"]) == (task.task_id, REQUEST, attempt.worker)
         assert (told["outcome"], told["model"], span.kind) == (outcome, "simulated", "CONSUMER")
-        assert span.began_ns / 1e9 == pytest.approx(attempt.started_at.timestamp(), abs=0.25)
+        assert span.began_ns / 1e9 == pytest.approx(attempt.started_at.timestamp(), abs=1)
     assert second.attributes["zfleet.steps"] == 8
     assert second.resource["service.instance.id"] == task.attempts[1].worker
     assert PROMPT not in repr(followed.collector.spans)

@@ -30,7 +30,7 @@ def test_a_dead_workers_runs_are_taken_back_even_if_redis_was_away(
     submit()
     reap = reaper._broker.reap
 
-    def away(*_: object) -> list[object]:
+    def away(*_: object, **__: object) -> list[object]:
         raise RedisUnavailable("away")
 
     reaper.tick()
