@@ -6,13 +6,13 @@ import time
 from collections.abc import Mapping
 
 from common import history, keys
-from common.history import WINDOWS, Point, Recent, Sample
+from common.fleet import RECENT_S, Recent
+from common.history import WINDOWS, Point, Sample
 from common.link import Link
 from common.storage.base import Disk
 
 SAMPLES = 91  # that are kept of each window: 90 steps
 RECENT = "15m"
-RECENT_S = 900.0
 RECENT_TTL_S = 2.0  # how long it is taken as known what was done of late
 
 
@@ -66,10 +66,6 @@ class Figures(Link):
             }
 
         return self._patiently(read)
-
-    def suspended(self) -> bool:
-        """Return whether an operator has paused the fleet."""
-        return self._patiently(lambda: bool(self._redis.exists(keys.RQ_SUSPENDED)))
 
     def memory_bytes(self) -> int:
         """Return the memory that Redis uses for data."""

@@ -48,7 +48,7 @@ class Recent(Wire):
     window_seconds: int = RECENT_S
     tasks_per_minute: float | None = Field(default=None, description="That ended, whichever way.")
     images_per_minute: float | None = None
-    error_ratio: float | None = Field(default=None, description="Failed, of those that succeeded or failed.")
+    error_ratio: float | None = Field(default=None, description="Failed and expired, of those and the succeeded.")
     p50_seconds: float | None = Field(default=None, description="From submit to picture: half were as fast.")
     p95_seconds: float | None = None
 

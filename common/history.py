@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from pydantic import Field
 
+from common.fleet import Recent
 from common.histograms import SECONDS, Bounds
 from common.schemas import Stored, Wire
 
@@ -66,17 +67,6 @@ class Point(Done):
     gpu_memory_used_mb: int | None = Field(default=None, description="Of all GPUs.")
 
 
-class Recent(Wire):
-    """The last quarter of an hour, or as much of it as is known."""
-
-    window_seconds: float = 0.0
-    tasks_per_minute: float | None = Field(default=None, description="Of those that succeeded.")
-    images_per_minute: float | None = None
-    error_ratio: float | None = None
-    p50_seconds: float | None = None
-    p95_seconds: float | None = None
-
-
 def points(samples: Sequence[Sample], step_s: float) -> list[Point]:
     """Return the steps between these samples, oldest first.
 
@@ -106,8 +96,8 @@ def recent(samples: Sequence[Sample], window_s: float, step_s: float) -> Recent:
         return Recent()
     made = done(total)
     return Recent(
-        window_seconds=seconds,
-        tasks_per_minute=round(total["tasks|succeeded"] / seconds * 60, 3),
+        window_seconds=round(seconds),
+        tasks_per_minute=round(sum(total[f"tasks|{name}"] for name in OUTCOMES) / seconds * 60, 3),
         images_per_minute=round(total["images"] / seconds * 60, 3),
         error_ratio=made.error_ratio,
         p50_seconds=made.p50_seconds,

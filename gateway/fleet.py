@@ -47,7 +47,7 @@ class Overview:
             suspended=self._broker.suspended(),
             queues=lines(self._broker.queues()),
             workers=self.views(cards),
-            recent=Recent(),
+            recent=self._broker.recent(),
         )
 
     def views(self, cards: Sequence[WorkerCard]) -> list[WorkerView]:

@@ -27,7 +27,8 @@ MAX_LINES = 400
 
 # The rooms that a rule leaves open
 ENVIRONMENT = {"common/settings.py"}
-PARTS = {"link", "fleetview", "keyring", "operating", "ratelimit", "outbox", "figures"}  # of the broker, reached by it
+# Of the broker, which others reach by it
+PARTS = {"link", "fleetview", "keyring", "operating", "ratelimit", "outbox", "figures"}
 KEYS = {"common/broker.py"} | {f"common/{part}.py" for part in PARTS}
 REDIS = {"common/broker.py", "common/connection.py", "worker/gpu_worker.py"}  # the last for RQ's own registration
 RQ = {"worker/gpu_worker.py"}

@@ -52,7 +52,8 @@ sample.oldest_age_ms = oldest_age()
 local text = cjson.encode(sample)
 for i = 2, #ARGV, 2 do
   local list, intervals = K.HISTORY .. ARGV[i], ARGV[i + 1] / finest
-  if not last or math.floor(last / intervals) ~= math.floor(interval / intervals) then
+  local began = not last or math.floor(last / intervals) ~= math.floor(interval / intervals)
+  if began or redis.call('EXISTS', list) == 0 then
     redis.call('RPUSH', list, text)
     redis.call('LTRIM', list, -ARGV[1], -1)
   end

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import Metric
 
-from common.cards import GpuReading, WorkerCard
+from common.cards import GpuReading, WorkerCard, slot_of
 from gateway.metrics.look import Look, Rows, counter, gauge
 
 MIB = 1024 * 1024
@@ -61,11 +61,6 @@ def gpus(look: Look) -> Iterator[Metric]:
 
 
 SOURCES = (counters, memory, gpus)
-
-
-def slot_of(worker: str) -> str:
-    """Return the slot of a worker: its name without the part that is new with each start."""
-    return worker.rpartition(".")[0] or worker
 
 
 def _slots(cards: Iterable[WorkerCard]) -> dict[str, WorkerCard]:
