@@ -1,6 +1,6 @@
 -- The fleet's counters, by which Prometheus and the charts know what was done: numbers in one hash that only grow. A field is
 -- `what|label|…`; of a histogram `what|label|…|bound` has how many were within that bound and not within a smaller one, and
--- `…|sum` their sum (of tasks' durations ms, of submits' µs). Labels are models, outcomes, stages and bounds: few, and never a tenant's or a task's.
+-- `…|sum` their sum (of durations, µs). Labels are models, outcomes, stages and bounds: few, and never a tenant's or a task's.
 
 -- Adds to counters: `more` is {field, by how much …}, each field once. Two commands, however many there are.
 local function count(more)
@@ -18,7 +18,7 @@ local function observe(more, histogram, ms, bounds)
     if bound == '+Inf' or ms <= bound * 1000 then
       local at = #more
       more[at + 1], more[at + 2] = histogram .. '|' .. bound, 1
-      more[at + 3], more[at + 4] = histogram .. '|sum', math.floor(ms + 0.5)
+      more[at + 3], more[at + 4] = histogram .. '|sum', math.floor(ms * 1000 + 0.5)
       return
     end
   end

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.core import Metric
 
 from common.histograms import CALL_SECONDS, Bounds
-from gateway.metrics.look import Look, counter
+from gateway.metrics.look import MICRO, Look, counter
 
 
 def requests(look: Look) -> Iterator[Metric]:
@@ -19,7 +19,7 @@ def requests(look: Look) -> Iterator[Metric]:
 def submit_duration(look: Look) -> Iterator[Metric]:
     """Yield how long submits took to be accepted."""
     about = "From the head of a request to its answer, of those that were accepted as tasks (202)."
-    yield from look.histogram("submit", Bounds(CALL_SECONDS), ("zfleet_submit_duration_seconds", about), unit=1e-6)
+    yield from look.histogram("submit", Bounds(CALL_SECONDS), ("zfleet_submit_duration_seconds", about), unit=MICRO)
 
 
 SOURCES = (requests, submit_duration)

@@ -15,6 +15,8 @@ from common.histograms import Bounds
 from common.records import EtaErrors
 from common.storage.base import Disk
 
+MICRO = 1e-6
+
 Rows = Iterable[tuple[Sequence[str], float | None]]  # the values of the labels, and the figure; None is left out
 
 

@@ -10,10 +10,9 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from common.histograms import BATCH_SIZES, SECONDS, STAGE_SECONDS, Bounds
 from common.history import OUTCOMES
 from common.records import Fate, Fuse
-from gateway.metrics.look import Look, counter
+from gateway.metrics.look import MICRO, Look, counter
 
 OF_MODEL = ["model"]
-MILLI = 1e-3
 
 
 def tasks(look: Look) -> Iterator[Metric]:
@@ -32,13 +31,13 @@ def durations(look: Look) -> Iterator[Metric]:
     """Yield where tasks' time went."""
     about = "From submit to the first worker that began it."
     name = "zfleet_task_queue_seconds"
-    yield from look.histogram("waited", Bounds(SECONDS), (name, about), OF_MODEL, unit=MILLI)
+    yield from look.histogram("waited", Bounds(SECONDS), (name, about), OF_MODEL, unit=MICRO)
     about = "From submit to result, of tasks that succeeded."
     name = "zfleet_task_duration_seconds"
-    yield from look.histogram("took", Bounds(SECONDS), (name, about), OF_MODEL, unit=MILLI)
+    yield from look.histogram("took", Bounds(SECONDS), (name, about), OF_MODEL, unit=MICRO)
     about = "Time in a stage on the worker, of tasks that succeeded and spent any there."
     name, labels = "zfleet_stage_duration_seconds", [*OF_MODEL, "stage"]
-    yield from look.histogram("stage", Bounds(STAGE_SECONDS), (name, about), labels, unit=MILLI)
+    yield from look.histogram("stage", Bounds(STAGE_SECONDS), (name, about), labels, unit=MICRO)
 
 
 def steps(look: Look) -> Iterator[Metric]:

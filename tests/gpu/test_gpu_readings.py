@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ def test_the_driver_gives_every_figure() -> None:
     assert reading is not None
     assert reading.memory_total_mb and reading.memory_total_mb > (reading.memory_used_mb or 0)
     assert None not in (reading.utilisation_percent, reading.temperature_c, reading.power_w)
+
+
+@pytest.mark.gpu
+def test_energy_is_told_in_joules() -> None:
+    before = gpu.read(0)
+    time.sleep(2.0)
+    after = gpu.read(0)
+    assert before and after and before.energy_j is not None and after.energy_j is not None
+    assert 5 < (after.energy_j - before.energy_j) / 2.0 < 2000, "watts"
 
 
 @pytest.mark.gpu

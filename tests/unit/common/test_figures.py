@@ -50,7 +50,7 @@ def test_a_task_counts_from_submit_to_success(broker: Broker, submit: SubmitFn) 
         "stage|simulated|decode|0.05": 1,
         "stage|simulated|store|0.005": 1,
     }, "a stage that took no time, as load, is none"
-    assert (found["stage|simulated|denoise|sum"], found["stage|simulated|encode|sum"]) == (700, 3), "ms"
+    assert (found["stage|simulated|denoise|sum"], found["stage|simulated|encode|sum"]) == (700_400, 3_200), "µs"
 
 
 def test_what_is_sent_twice_counts_once(broker: Broker, redis_server: RedisServer) -> None:

@@ -135,6 +135,18 @@ def test_runs_of_any_age_size_and_length_advance_in_one_batch() -> None:
     assert not bench.pipeline.alive
 
 
+def test_it_counts_how_many_pictures_advanced_together() -> None:
+    bench = Bench(limit=8)
+    assert bench.engine.counts() == {}
+    bench.offer(1, steps=3)
+    bench.engine.turn(0)
+    bench.offer(2, steps=2, n=4)
+    bench.run()
+    assert bench.engine.counts() == {
+        "batch|simulated|1": 1, "batch|simulated|6": 2, "batch|simulated|sum": 1 + 2 * 5
+    }, "by the first bound that holds it; the sum is how many steps it took"  # fmt: skip
+
+
 def test_a_full_batch_lets_the_next_in_as_soon_as_one_leaves() -> None:
     bench = Bench(limit=2)
     for seed, steps in ((1, 1), (2, 3), (3, 1)):

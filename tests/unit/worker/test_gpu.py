@@ -34,6 +34,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=97),
         "nvmlDeviceGetTemperature": unsupported,
         "nvmlDeviceGetPowerUsage": lambda _: 412_345,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda _: 7_654_321,
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
@@ -72,6 +73,7 @@ def test_a_figure_the_driver_does_not_give_is_null(two_gpus: None) -> None:
     assert reading is not None
     assert (reading.name, reading.index, reading.memory_used_mb, reading.memory_total_mb) == ("NVIDIA H200", 1, 3, 1000)
     assert (reading.utilisation_percent, reading.temperature_c, reading.power_w) == (97, None, 412.345)
+    assert reading.energy_j == 7654.321, "NVML has mJ"
 
 
 def test_a_driver_that_stumbles_is_no_error(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:

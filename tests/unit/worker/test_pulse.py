@@ -116,3 +116,22 @@ def test_an_outage_does_not_stop_the_pulse(held: Held, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(held.broker, "beat", away)
     assert beats.wait(3)
+
+
+def test_what_was_counted_is_told_with_the_beats_and_at_the_stop(
+    broker: Broker, card: Callable[[str], WorkerCard]
+) -> None:
+    counts = {"batch|simulated|1": 0}
+    pulse = Pulse(
+        "w1", broker, beat_s=0.1, card=lambda: card("w1"), held=list, register=lambda: None, restart=lambda: None,
+        counts=counts.copy,
+    )  # fmt: skip
+    pulse.start()
+    for steps in (3, 7):
+        counts["batch|simulated|1"] = steps
+        eventually(lambda steps=steps: broker.counts().get("batch|simulated|1") == steps)
+    pulse._beat_s = 60.0
+    eventually(lambda: not pulse._wake.is_set())
+    counts["batch|simulated|1"] = 8
+    pulse.stop()
+    assert broker.counts()["batch|simulated|1"] == 8

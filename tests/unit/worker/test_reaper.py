@@ -86,3 +86,27 @@ def test_a_task_past_its_deadline_is_ended_with_no_worker_about(
     record = broker.view(task_id)
     assert record is not None
     assert record.status is TaskStatus.EXPIRED
+
+
+def test_a_supervisor_keeps_the_fleets_history_and_tells_of_its_disk(reaper: Reaper, broker: Broker) -> None:
+    for _ in range(2):
+        reaper.tick()
+    assert len(broker._samples("15m")) == 1
+    (disk,) = broker.disks().values()
+    assert 0 < disk.free < disk.size
+
+
+def test_only_a_death_that_nobody_asked_for_is_a_crash(reaper: Reaper, broker: Broker) -> None:
+    reaper.bury(Burial("w1", crashed=False))
+    assert "crashes" not in broker.counts()
+    reaper.bury(Burial("w2"))
+    assert broker.counts()["crashes"] == 1
+
+
+def test_a_fuse_that_the_supervisor_tripped_counts_by_its_cause(
+    reaper: Reaper, broker: Broker, submit: SubmitFn
+) -> None:
+    late = submit()
+    broker.claim("w1", "cpu", ["simulated"], 1)
+    reaper.bury(Burial("w1", tripped=[InHand(late, 1, math.inf, "run_limit")]))
+    assert broker.counts()["fuses|run_limit"] == 1
