@@ -126,7 +126,7 @@ def _cancel_and_follow(session: requests.Session, url: str) -> None:
 
 def _see(session: requests.Session, url: str) -> None:
     for path in (
-        "/health", "/ready", "/metrics", "/api/tasks", "/api/queue", "/api/workers", "/api/models",
+        "/health", "/ready", "/metrics", "/api/history", "/api/tasks", "/api/queue", "/api/workers", "/api/models",
         "/api/webhooks/secret", "/v1/models", "/api/fleet",
     ):  # fmt: skip
         answer = session.get(url + path, timeout=5)

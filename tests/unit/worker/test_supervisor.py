@@ -374,6 +374,7 @@ def test_who_is_suspected_of_a_death(
     (burial,) = burials
     assert [task.task_id for task in burial.suspects] == suspects
     assert [task.task_id for task in burial.bystanders] == bystanders
+    assert burial.crashed
 
 
 def test_a_child_whose_main_thread_is_gone_is_noticed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
