@@ -6,16 +6,18 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, StringConstraints
+from pydantic import AwareDatetime, Field, StringConstraints
 
-from common.schemas import PRIORITIES, Priority, Stored
+from common.schemas import PRIORITIES, Priority, Stored, Wire
 
 OPEN_TENANT = "default"  # whose tasks are those of a fleet without keys
 EVERYBODY = "*"  # stands for all tenants, and is no tenant's name
 SECRET_BYTES = 32
+SHARES = (0.01, 100.0)  # the least and the largest that a tenant may have
 
 TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")  # a part of queue names
 RATE = re.compile(r"[1-9][0-9]{0,5}/[smhd]")  # submits a second, minute, hour, day
@@ -23,6 +25,8 @@ KEY_ID = re.compile(r"[0-9a-f]{12}")
 
 Tenant = Annotated[str, StringConstraints(pattern=rf"\A{TENANT.pattern}\z")]
 Rate = Annotated[str, StringConstraints(pattern=rf"\A{RATE.pattern}\z")]
+
+KeyState = Literal["active", "retiring", "revoked", "expired"]
 
 _TOKEN = re.compile(rf"zfk_({KEY_ID.pattern})_([0-9a-f]{{64}})")
 
@@ -46,7 +50,7 @@ class ApiKey(Stored):
         """Return whether the key is neither revoked nor expired."""
         return all(end is None or now < end for end in (self.revoked_at, self.expires_at))
 
-    def state(self, now: datetime) -> Literal["active", "retiring", "revoked", "expired"]:
+    def state(self, now: datetime) -> KeyState:
         """Return how the key is, in a word; one that is `retiring` was rotated and works a while longer."""
         if self.revoked_at is not None and self.revoked_at <= now:
             return "revoked"
@@ -61,6 +65,44 @@ class ApiKey(Stored):
     def allows(self, priority: Priority) -> bool:
         """Return whether tasks of this priority may be submitted with it."""
         return PRIORITIES.index(priority) >= PRIORITIES.index(self.priority_max)
+
+
+class NewKey(Wire):
+    """What a key is to be."""
+
+    tenant: Tenant
+    admin: bool = Field(default=False, description="Whether it sees and steers the whole fleet.")
+    priority_max: Priority = Field(default="high", description="The highest that its tasks may have.")
+    rate: Rate | None = Field(default=None, description="Of submits and uploads, as 10/s; units are s, m, h, d.")
+    max_queued: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Its tasks in line.")
+    max_running: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Its tasks on GPUs.")
+    share: Annotated[float, Field(ge=SHARES[0], le=SHARES[1], allow_inf_nan=False)] | None = Field(
+        default=None, description="The tenant's part of the GPUs against others' (1), whatever key; null: as it is."
+    )
+    expires_at: AwareDatetime | None = None
+
+
+class KeyView(Wire):
+    """A key as operators see it: all but the key itself."""
+
+    key_id: str
+    tenant: str
+    state: KeyState = Field(description="retiring: it was rotated, and works until revoked_at.")
+    admin: bool
+    priority_max: Priority
+    rate: str | None
+    max_queued: int | None
+    max_running: int | None
+    share: float = Field(description="The tenant's part of the GPUs against others'.")
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+    @classmethod
+    def of(cls, key: ApiKey, shares: Mapping[str, float], now: datetime) -> KeyView:
+        """Return how a key is; `shares` are those of the tenants that have another one than 1."""
+        shown = {name: getattr(key, name) for name in ApiKey.model_fields if name != "digest"}
+        return cls(**shown, share=shares.get(key.tenant, 1.0), state=key.state(now))
 
 
 class Token(NamedTuple):
@@ -86,6 +128,13 @@ class Token(NamedTuple):
         """Return the token that this text is, if it has the form of one."""
         match = _TOKEN.fullmatch(text)
         return cls(match[1], match[2]) if match else None
+
+
+class MadeKey(NamedTuple):
+    """A new key, and what its owner shows, which is nowhere kept."""
+
+    token: Token
+    key: ApiKey
 
 
 def proves(token: Token, key: ApiKey | None) -> bool:

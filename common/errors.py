@@ -180,6 +180,18 @@ class RedisUnavailable(FleetError):
     retryable = True
 
 
+class UnknownKey(FleetError):
+    """Raised when no API key has this id."""
+
+    code = "unknown_key"
+
+
+class KeyNotActive(FleetError):
+    """Raised when an API key that was rotated or revoked, or has expired, is to be rotated."""
+
+    code = "key_not_active"
+
+
 class UnknownWorker(FleetError):
     """Raised when no live worker has this name."""
 

@@ -64,6 +64,12 @@ class Fleet(Wire):
     recent: Recent
 
 
+class Suspended(Wire):
+    """The answer to a pause, and to its end."""
+
+    suspended: bool
+
+
 def running(task_id: str, fields: Sequence[str | None]) -> Run | None:
     """Return a task that runs from the RUN of its record; None for any other."""
     status, tenant, model, step, steps, started_at = fields

@@ -4,17 +4,54 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
 
 from common import keys
-from common.apikeys import ApiKey
+from common.apikeys import ApiKey, MadeKey, NewKey, Token
+from common.errors import KeyNotActive, UnknownKey
 from common.link import Link
+
+NO_SUCH_KEY = "no key has this id"
 
 
 class Keyring(Link):
     """The part of the broker that knows who may ask. All methods raise RedisUnavailable."""
+
+    def make_key(self, new: NewKey, *, at: datetime) -> MadeKey:
+        """Make a key. From the first on, nobody is served without one."""
+        token = Token.new()
+        fields = new.model_dump(exclude={"share"})
+        key = ApiKey(key_id=token.key_id, digest=token.digest, created_at=at, **fields)
+        self.put_key(key, new.share)
+        return MadeKey(token, key)
+
+    def revoke_key(self, key_id: str) -> ApiKey:
+        """Let a key open nothing any more, and return it; raises UnknownKey."""
+        key = self.change_key(key_id, lambda key: key.retired(datetime.now(UTC)))
+        if key is None:
+            raise UnknownKey(NO_SUCH_KEY)
+        return key
+
+    def rotate_key(self, key_id: str, grace: timedelta, *, at: datetime) -> MadeKey:
+        """Make a key with the limits of another, as lasting as that was made for; that one works for `grace` longer.
+
+        Raises UnknownKey, and KeyNotActive for one that was rotated or revoked, or has expired.
+        """
+        old = self.key(key_id)
+        if old is None:
+            raise UnknownKey(NO_SUCH_KEY)
+        if (state := old.state(at)) != "active":
+            raise KeyNotActive(f"key {key_id} is {state} already; make a new one")
+        token = Token.new()
+        changes = {"key_id": token.key_id, "digest": token.digest, "created_at": at}
+        expires_at = old.expires_at and at + (old.expires_at - old.created_at)
+        key = old.model_copy(update=changes | {"expires_at": expires_at})
+        self.put_key(key)
+        self.change_key(key_id, lambda old: old.retired(at + grace))
+        return MadeKey(token, key)
 
     def put_key(self, key: ApiKey, share: float | None = None) -> None:
         """Store a key, new or changed; `share` is what its tenant gets of the GPUs from now on (None: as before)."""

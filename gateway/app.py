@@ -22,6 +22,7 @@ from gateway import (
     history,
     images,
     inputs,
+    keys,
     metrics,
     operate,
     ops,
@@ -100,6 +101,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     _register(app, history.create(broker))
     _register(app, metrics.create(broker, catalogue, traffic.tell))
     _register(app, retries.create(repeats))
+    _register(app, keys.create(broker))
     _register(app, failed.create(failed.Clearing(broker, gateway.tasks, repeats, storage)))
     _register(app, images.create(gateway.tasks, gateway.images, gateway.links, doorkeeper))
     _register(app, thumbnails.create(gateway.tasks, thumbnails.Thumbnails(storage)))

@@ -11,20 +11,13 @@ from common import telemetry
 from common.broker import Broker
 from common.cards import WorkerCard, slot_of
 from common.errors import Forbidden, RedisUnavailable, UnknownWorker
-from common.fleet import WorkerView
-from common.schemas import Wire
+from common.fleet import Suspended, WorkerView
 from gateway import problems
 from gateway.admission import caller, open_to
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.fleet import Overview, Watch
 
 log = telemetry.get_logger()
-
-
-class Suspended(Wire):
-    """Whether claims are paused."""
-
-    suspended: bool
 
 
 class WorkerPath(BaseModel):

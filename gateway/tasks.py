@@ -257,7 +257,7 @@ class Tasks:
         tenant: str,
         *,
         status: TaskStatus | None,
-        model: str | None,
+        model: str | None = None,
         limit: int,
         before: tuple[int, str] | None,
     ) -> tuple[list[TaskSummary], tuple[int, str] | None]:

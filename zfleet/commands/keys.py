@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,12 @@ import click
 from zfleet.commands import options
 
 if TYPE_CHECKING:
-    from common.apikeys import ApiKey, Token
+    from common.apikeys import KeyView, MadeKey
     from common.broker import Broker
 
 SPAN = re.compile(r"([1-9][0-9]{0,4})([smhdw])")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 COLUMNS = ["ID", "TENANT", "STATE", "SCOPE", "PRIORITY", "RATE", "QUEUED", "RUNNING", "SHARE", "CREATED", "ENDS"]
-SHARES = (0.01, 100.0)
 SOON = "gateways know within two seconds"
 
 
@@ -46,6 +44,8 @@ def rate(context: click.Context, parameter: click.Parameter, value: str | None) 
 
 def share(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     """Refuse a share that is out of bounds, NaN among them."""
+    from common.apikeys import SHARES
+
     lowest, highest = SHARES
     if value is not None and not lowest <= value <= highest:
         raise click.BadParameter(f"{value:g} is not from {lowest:g} to {highest:g}", context, parameter)
@@ -102,15 +102,14 @@ def create(share: float | None, expires: timedelta | None, **fields: Any) -> Non
 
     The key alone is on stdout.
     """
-    from common.apikeys import ApiKey, Token
+    from common.apikeys import NewKey
 
-    now, token = datetime.now(UTC), Token.new()
-    ends = now + expires if expires else None
-    key = ApiKey(key_id=token.key_id, digest=token.digest, created_at=now, expires_at=ends, **fields)
+    now = datetime.now(UTC)
+    new = NewKey(share=share, expires_at=now + expires if expires else None, **fields)
     with _broker() as broker:
         first = not broker.guarded()
-        broker.put_key(key, share)
-    _tell(token, key)
+        made = broker.make_key(new, at=now)
+    _tell(made)
     if first:
         click.echo(f"zfleet: it is the first one here: from now on nobody is served without a key ({SOON})", err=True)
 
@@ -119,16 +118,16 @@ def create(share: float | None, expires: timedelta | None, **fields: Any) -> Non
 @options.as_json
 def list_keys(as_json: bool) -> None:
     """Show all keys with their limits, but for the keys themselves."""
+    from common.apikeys import KeyView
     from zfleet.display import table
 
     with _broker() as broker:
         found, shares = broker.all_keys(), broker.shares()
-    now = datetime.now(UTC)
-    described = [(key, shares.get(key.tenant, 1.0), key.state(now)) for key in found]
+    views = [KeyView.of(key, shares, datetime.now(UTC)) for key in found]
     if as_json:
-        click.echo(json.dumps([_public(*row) for row in described], indent=2))
+        options.print_json(views)
     else:
-        table(COLUMNS, (_cells(*row) for row in described))
+        table(COLUMNS, map(_cells, views))
 
 
 @keys.command()
@@ -138,9 +137,8 @@ def revoke(key_id: str) -> None:
 
     What was submitted with it goes on.
     """
-    with _broker() as broker:
-        key = broker.change_key(key_id, lambda key: key.retired(datetime.now(UTC)))
-    _require(key)
+    with _broker() as broker, _told():
+        broker.revoke_key(key_id)
     click.echo(f"key {key_id} is revoked; {SOON}")
 
 
@@ -152,33 +150,19 @@ def rotate(key_id: str, grace: timedelta | None) -> None:
 
     It lasts as long as the other was made for. The key alone is on stdout.
     """
-    from common.apikeys import Token
-
-    now, token = datetime.now(UTC), Token.new()
-    with _broker() as broker:
-        old = _require(broker.key(key_id))
-        if old.state(now) != "active":
-            remedy = "make a new one with `zfleet keys create`"
-            raise click.UsageError(f"key {key_id} is {old.state(now)} already; {remedy}")
-        changes = {"key_id": token.key_id, "digest": token.digest, "created_at": now}
-        expires_at = old.expires_at and now + (old.expires_at - old.created_at)
-        key = old.model_copy(update=changes | {"expires_at": expires_at})
-        broker.put_key(key)
-        broker.change_key(key_id, lambda old: old.retired(now + (grace or timedelta())))
-    _tell(token, key)
+    now = datetime.now(UTC)
+    with _broker() as broker, _told():
+        made = broker.rotate_key(key_id, grace or timedelta(), at=now)
+    _tell(made)
     ends = f"works until {_minute(now + grace)}" if grace else f"is revoked; {SOON}"
     click.echo(f"zfleet: the key {key_id} that it replaces {ends}", err=True)
 
 
-def _public(key: ApiKey, share: float, state: str) -> dict[str, object]:
-    return key.model_dump(mode="json", exclude={"digest"}) | {"share": share, "state": state}
-
-
-def _cells(key: ApiKey, share: float, state: str) -> tuple[object, ...]:
+def _cells(key: KeyView) -> tuple[object, ...]:
     ends = min((end for end in (key.expires_at, key.revoked_at) if end), default=None)
     return (
-        key.key_id, key.tenant, state, "admin" if key.admin else "tenant", key.priority_max, key.rate, key.max_queued,
-        key.max_running, f"{share:g}", _minute(key.created_at), _minute(ends),
+        key.key_id, key.tenant, key.state, "admin" if key.admin else "tenant", key.priority_max, key.rate,
+        key.max_queued, key.max_running, f"{key.share:g}", _minute(key.created_at), _minute(ends),
     )  # fmt: skip
 
 
@@ -198,15 +182,22 @@ def _broker() -> Iterator[Broker]:
         broker.close()
 
 
-def _require(key: ApiKey | None) -> ApiKey:
-    if key is None:
-        raise click.UsageError("no key has this id; `zfleet keys list` shows those there are")
-    return key
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell of a wrong id, or one of a key that cannot be rotated, as of a mistake on the command line."""
+    from common.errors import KeyNotActive, UnknownKey
+
+    try:
+        yield
+    except UnknownKey as error:
+        raise click.UsageError(f"{error.message}; `zfleet keys list` shows those there are") from None
+    except KeyNotActive as error:
+        raise click.UsageError(f"{error.message} with `zfleet keys create`") from None
 
 
-def _tell(token: Token, key: ApiKey) -> None:
-    click.echo(str(token))
-    what = f"the {'admin ' if key.admin else ''}key {key.key_id} of tenant {key.tenant}"
+def _tell(made: MadeKey) -> None:
+    click.echo(str(made.token))
+    what = f"the {'admin ' if made.key.admin else ''}key {made.key.key_id} of tenant {made.key.tenant}"
     click.echo(f"zfleet: {what}, shown this once; clients take it from ZFLEET_API_KEY", err=True)
 
 

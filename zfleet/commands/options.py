@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from zfleet.client import Client
+    from zfleet.operator import Operator
 
 F = TypeVar("F", bound=Callable[..., Any])
 Option = Callable[[F], F]
@@ -132,12 +133,25 @@ def request(command: F) -> F:
 
 def connect(url: str | None, **more: Any) -> Client:
     """Return a client of the gateway that the flag or the settings name, with ZFLEET_API_KEY."""
-    from common.settings import load_settings
     from zfleet.client import Client
 
+    where, key = _gateway(url)
+    return Client(where, api_key=key, **more)
+
+
+def operate(url: str | None) -> Operator:
+    """Return the same with the calls of the admin scope."""
+    from zfleet.operator import Operator
+
+    where, key = _gateway(url)
+    return Operator(where, api_key=key)
+
+
+def _gateway(url: str | None) -> tuple[str, str | None]:
+    from common.settings import load_settings
+
     settings = load_settings({"url": url})
-    key = settings.api_key
-    return Client(settings.url, api_key=key.get_secret_value() if key else None, **more)
+    return settings.url, settings.api_key.get_secret_value() if settings.api_key else None
 
 
 def print_json(value: BaseModel | Sequence[BaseModel]) -> None:

@@ -378,6 +378,9 @@ NOT_SUBMITS = {
     "/api/workers/<name>/restart",
     "/api/failed/requeue",
     "/api/failed/purge",
+    "/api/keys",
+    "/api/keys/<key_id>/revoke",
+    "/api/keys/<key_id>/rotate",
 }
 
 

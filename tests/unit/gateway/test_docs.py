@@ -69,6 +69,9 @@ OPERATORS = {
     "/api/workers/{name}/restart",
     "/api/failed/requeue",
     "/api/failed/purge",
+    "/api/keys",
+    "/api/keys/{key_id}/revoke",
+    "/api/keys/{key_id}/rotate",
 }
 HEADERS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
 

@@ -27,6 +27,8 @@ NOBODYS = {
     "/api/workers/<name>/drain",
     "/api/workers/<name>/resume",
     "/api/workers/<name>/restart",
+    "/api/keys/<key_id>/revoke",
+    "/api/keys/<key_id>/rotate",
 }  # rules with a part that names nothing of a tenant's
 CALLS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
     "/api/status/<task_id>": [
