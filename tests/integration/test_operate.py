@@ -16,19 +16,39 @@ from common.schemas import TaskStatus
 from common.settings import Settings
 from tests.fleet import await_final, ready_workers, record, submit_many
 from tests.integration.test_rq_tools import rq
-from tests.servers import GatewayServer, WorkerServer, eventually
+from tests.servers import GatewayServer, RedisServer, WorkerServer, eventually
 from zfleet.cli import main
 from zfleet.operator import Operator
 
 PAUSED_WITHIN_S = 2.0
 
 
-@pytest.fixture
-def gateway(broker: Broker, settings: Settings, tmp_path: Path) -> Iterator[str]:
-    """A gateway and two workers that make a picture in 0.3 s."""
-    changes = {"models": ("simulated",), "workers_per_device": 2, "simulated_image_ms": 300.0, "beat_s": 0.5}
-    settings = settings.model_copy(update=changes)
-    with WorkerServer(settings, tmp_path / "worker.log"), GatewayServer(settings, tmp_path / "gateway.log") as server:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("operated")
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> Iterator[Settings]:
+    """Of a fleet with a Redis of its own, whose workers make a picture in 0.3 s."""
+    with RedisServer(folder) as redis:
+        yield Settings(
+            redis_url=redis.url, data_dir=folder / "data", models=("simulated",), devices="cpu", workers_per_device=2,
+            simulated_image_ms=300.0, beat_s=0.5,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broker(settings: Settings) -> Iterator[Broker]:
+    broker = Broker(settings)
+    yield broker
+    broker.close()
+
+
+@pytest.fixture(scope="module")
+def gateway(broker: Broker, settings: Settings, folder: Path) -> Iterator[str]:
+    """A gateway with two workers; its URL."""
+    with WorkerServer(settings, folder / "worker.log"), GatewayServer(settings, folder / "gateway.log") as server:
         ready_workers(broker, 2)
         eventually(lambda: _answers(server.url), within_s=30)
         yield server.url
@@ -94,7 +114,7 @@ def test_a_drained_worker_claims_nothing_while_the_other_goes_on(gateway: str, b
         eventually(lambda: _works(broker, heir["name"]), within_s=20)
 
 
-def test_a_restart_gives_a_new_incarnation_and_loses_nothing(gateway: str, broker: Broker, tmp_path: Path) -> None:
+def test_a_restart_gives_a_new_incarnation_and_loses_nothing(gateway: str, broker: Broker, folder: Path) -> None:
     with Operator(gateway) as operator:
         before = {worker["name"] for worker in fleet(gateway)["workers"]}
         ids = submit_many(broker, 12)
@@ -108,7 +128,7 @@ def test_a_restart_gives_a_new_incarnation_and_loses_nothing(gateway: str, broke
         (heir,) = {card.name for card in ready_workers(broker, 2)} - before
         assert slot_of(heir) == slot_of(one)
         eventually(lambda: _works(broker, heir), within_s=20)
-    log = (tmp_path / "worker.log").read_text()
+    log = (folder / "worker.log").read_text()
     assert "worker_died" not in log and "worker_recycled" in log
 
 

@@ -43,9 +43,8 @@ def drain(name: str, undo: bool, url: str | None) -> None:
     """
     with options.operate(url) as operator:
         worker = operator.resume_worker(name) if undo else operator.drain(name)
-    click.echo(
-        f"{worker.name} claims again" if undo else f"{worker.name} claims nothing more; it has {len(worker.runs)}"
-    )
+    done = "claims again" if undo else f"claims nothing more, and finishes {len(worker.runs)} tasks"
+    click.echo(f"{worker.name} {done}")
 
 
 @click.command()
