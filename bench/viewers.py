@@ -87,10 +87,12 @@ def measure(plan: Plan) -> list[Row]:
                 heard.append((sum(told) - before) / plan.viewers / plan.seconds)
     cost = [with_ - bare for with_, bare in zip(watched, without, strict=True)]
     return [
-        Row(measure="gateway, cores busy, nobody looks", samples=without, digits=3, note=f"{plan.submits_per_s:g} submits a second"),
+        Row(measure="gateway, cores busy, nobody looks", samples=without, digits=3,
+            note=f"{plan.submits_per_s:g} submits a second"),
         Row(measure=f"… {plan.viewers} look at the dashboard", samples=watched, digits=3,
             note=f"each is told {min(heard):.1f} to {max(heard):.1f} times a second; {plan.workers} workers"),
-        Row(measure="… what looking costs", samples=cost, digits=3, goal=GOAL, note="the difference of each two rounds in turn"),
+        Row(measure="… what looking costs", samples=cost, digits=3, goal=GOAL,
+            note="the difference of each two rounds in turn"),
     ]  # fmt: skip
 
 

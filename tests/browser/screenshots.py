@@ -100,8 +100,8 @@ def waves(window: str) -> dict[str, Any]:
     for index, point in enumerate(found["points"]):
         wave = 0.75 + 0.2 * math.sin(index / 11) + 0.05 * math.sin(index * 1.7)
         for name, most in {
-            "succeeded": 30, "images": 44, "p50_seconds": 2.4, "p95_seconds": 6.6, "queued": 41, "oldest_age_seconds": 9,
-            "gpu_utilisation_percent": 97, "gpu_memory_used_mb": 170_000,
+            "succeeded": 30, "images": 44, "p50_seconds": 2.4, "p95_seconds": 6.6, "queued": 41,
+            "oldest_age_seconds": 9, "gpu_utilisation_percent": 97, "gpu_memory_used_mb": 170_000,
         }.items():  # fmt: skip
             point[name] = most * wave
         point["error_ratio"] = max(0.0, 0.02 * math.sin(index / 6) - 0.008)

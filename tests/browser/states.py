@@ -65,9 +65,10 @@ def worker(name: str = "node.gpu0.abc123", **changes: Any) -> dict[str, Any]:
         "utilisation_percent": 87, "temperature_c": 61, "power_w": 611.3,
     }  # fmt: skip
     card: dict[str, Any] = {
-        "name": name, "host": "node", "pid": 7, "state": "idle", "device": "cuda:0", "gpu": gpu, "models": ["turbo", "base"],
-        "models_loaded": ["turbo"], "max_pixels": {}, "loras": [], "counters": {}, "capacity": 4, "running": [], "runs": [],
-        "images_done": 12_873, "rss_mb": 3120, "started_at": now - timedelta(hours=30), "seen_at": now, "drained": False,
+        "name": name, "host": "node", "pid": 7, "state": "idle", "device": "cuda:0", "gpu": gpu, "capacity": 4,
+        "models": ["turbo", "base"], "models_loaded": ["turbo"], "max_pixels": {}, "loras": [], "counters": {},
+        "running": [], "runs": [], "images_done": 12_873, "rss_mb": 3120, "started_at": now - timedelta(hours=30),
+        "seen_at": now, "drained": False,
     }  # fmt: skip
     return card | changes
 
@@ -91,7 +92,8 @@ def fleet_of(
         "p50_seconds": 2.31, "p95_seconds": 6.9,
     }  # fmt: skip
     state = {
-        "at": datetime.now(UTC), "health": health, "suspended": False, "queues": [], "workers": workers, "recent": recent,
+        "at": datetime.now(UTC), "health": health, "suspended": False, "queues": [], "workers": workers,
+        "recent": recent,
     }  # fmt: skip
     return state | changes
 

@@ -40,10 +40,11 @@ def test_the_dashboard_of_a_fleet_at_work(visit: Callable[..., Visit], fleet: Fl
     seen = visit()
     seen.url = gateway
     seen.sign_in(fleet.admin)
-    ids = [*submit(fleet, 60, steps=20), *submit(fleet, 6, model="pico", steps=8)]
+    ids = [*submit(fleet, 20, steps=20), *submit(fleet, 2, model="pico", steps=8)]
     page = seen.page
     _cards_say_what_others_say(page, fleet, gateway)
     _cancel_and_retry(page, fleet, gateway, submit(fleet, 1, priority="low")[0])
+    ids += submit(fleet, 20)
     _pause(page, seen, fleet, ids)
     seen.go("Fleet")
     _charts_move(page)
@@ -52,6 +53,7 @@ def test_the_dashboard_of_a_fleet_at_work(visit: Callable[..., Visit], fleet: Fl
 
 def _cards_say_what_others_say(page: Page, fleet: Fleet, url: str) -> None:
     """RQ's command line and GET /api/workers."""
+    expect(page.get_by_role("region", name="Workers").get_by_role("link").first).to_be_visible()  # of a run
     command = [sys.executable, "-m", "rq.cli", "info", "--raw", "--only-workers", "--serializer", "json", "--url"]
     told = subprocess.run(
         [*command, fleet.settings.redis_url], capture_output=True, text=True, check=True, timeout=60
@@ -64,7 +66,6 @@ def _cards_say_what_others_say(page: Page, fleet: Fleet, url: str) -> None:
     for card in cards:
         shown = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name=card["name"]))
         expect(shown.get_by_role("list", name="Models")).to_have_text("".join(card["models"]))
-    expect(page.get_by_role("region", name="Workers").get_by_role("link").first).to_be_visible()
 
 
 def _cancel_and_retry(page: Page, fleet: Fleet, url: str, task_id: str) -> None:

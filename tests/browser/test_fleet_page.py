@@ -97,7 +97,7 @@ def test_cards_and_tables_say_what_the_api_and_rq_say(visit: Callable[..., Visit
 def test_runs_show_their_steps_as_they_go(visit: Callable[..., Visit], fleet: Fleet) -> None:
     seen = visit()
     seen.sign_in(fleet.admin)
-    ids = submit(fleet, 12, steps=50)
+    ids = submit(fleet, 30, steps=50)
     bar = seen.page.get_by_role("progressbar").first
     expect(bar).to_have_attribute("max", "50")
     expect(seen.page.get_by_role("region", name="Workers").get_by_text("acme")).not_to_have_count(0)

@@ -12,7 +12,9 @@ const WINDOWS = {
   "6h": [6 * 3600, "6 h", "6 hours"],
   "7d": [7 * 86_400, "7 d", "7 days"],
 };
-const MOST_S = 60;
+const SOONEST_S = 2;
+const LATEST_S = 60;
+const SAMPLED_S = 1.5; // after its end a step is known
 
 const perMinute = (name) => (point, history) => (point[name] === null ? null : (point[name] * 60) / history.step_seconds);
 const line = (name, of) => ({ name, of: of ?? ((point) => point[name]) });
@@ -27,12 +29,18 @@ const CHARTS = [
   { title: "GPU memory", scale: memory, series: [line("gpu_memory_used_mb")] },
 ];
 
+/** In how many seconds there is more to be seen. */
+function nextStep({ points, step_seconds: step }) {
+  const since = points.length ? (Date.now() - Date.parse(points.at(-1).at)) / 1000 : 0;
+  return Math.min(LATEST_S, step, Math.max(SOONEST_S, step + SAMPLED_S - since));
+}
+
 const share = (value) => (value === null ? null : value / 100);
 
 /** The charts and the choice of their window; they are drawn anew as the gateway's history grows, until `signal` aborts. */
 export function trends(signal) {
   let window = WINDOWS[localStorage.getItem(KEPT)] ? localStorage.getItem(KEPT) : "15m";
-  let step = MOST_S;
+  let due = LATEST_S;
   const charts = CHARTS.map((about) => new Chart(about));
   const wrong = h("p", { class: "bad small", role: "status" });
   const load = async () => {
@@ -40,7 +48,7 @@ export function trends(signal) {
     try {
       const history = await get(`api/history?window=${asked}`, signal);
       if (asked !== window) return;
-      step = history.step_seconds;
+      due = nextStep(history);
       const [seconds, , words] = WINDOWS[asked];
       charts.forEach((chart) => chart.draw(history, seconds, words));
       say(wrong, "");
@@ -59,6 +67,6 @@ export function trends(signal) {
     h("div", { class: "row spread" }, h("h2", { id: "trends" }, "Trends"),
       h("fieldset", { class: "choice" }, h("legend", { class: "visually-hidden" }, "Over"), Object.keys(WINDOWS).map(choice))),
     wrong, h("div", { class: "charts" }, charts.map((chart) => chart.element)));
-  const follow = () => repeat(load, () => Math.min(MOST_S, step), signal);
+  const follow = () => repeat(load, () => due, signal);
   return { element, follow };
 }
