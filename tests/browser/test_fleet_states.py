@@ -90,7 +90,7 @@ def test_news_takes_away_neither_focus_nor_place(staged: Staged) -> None:
 
 def test_a_stream_that_breaks_is_said_and_comes_back(staged: Staged) -> None:
     page, stage = staged()
-    stage.tell(fleet_of(worker(state="busy")))
+    stage.tell(fleet_of(worker(state="busy", runs=[run(1)])))
     expect(page.get_by_text("live", exact=True)).to_be_visible()
     page.route("**/health", lambda route: route.fulfill(body="<html>"))  # as of a proxy in front
     stage.break_off()
