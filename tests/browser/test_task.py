@@ -74,7 +74,7 @@ def test_a_failed_task_says_why_and_is_tried_again(visit: VisitFn, fleet: Fleet,
     seen.open(fleet.tenant, f"#/tasks/{task_id}")
     page = seen.page
     expect(page.get_by_role("heading", name="out_of_memory")).to_be_visible()
-    expect(page.get_by_text("will most likely fail again")).to_be_visible()
+    expect(page.get_by_text("may succeed later")).to_be_visible()
     page.get_by_role("button", name="Retry").click()
     expect(page.get_by_role("heading", level=1)).not_to_contain_text(task_id)
     page.get_by_role("link", name=task_id[:8]).click()

@@ -57,6 +57,7 @@ def test_tasks_are_listed_newest_first_and_narrowed(visit: VisitFn, fleet: Fleet
     assert seen.sideways() == 0
     page.get_by_label("Tenant").fill(tenant)
     page.get_by_label("Tenant").press("Enter")
+    expect(page.get_by_role("listitem")).to_have_count(3)
     page.get_by_role("link", name="third").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("Task ")
 
