@@ -5,6 +5,7 @@ A page fails its test for anything that the browser logs as an error, and for an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ QUIET = (
     "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+USABLE = "button|checkbox|combobox|link|progressbar|searchbox|spinbutton|textbox"
 MISSING_KEY = "status of 401"  # how a page learns that it has to ask for a key
 MODELS = """
 [slow]
@@ -63,6 +65,11 @@ class Visit:
         self.page.add_init_script(f"sessionStorage.setItem('zfleet.key', {key!r})")
         self.page.goto(f"{self.url}/{address}")
         self.page.get_by_role("heading", level=1).wait_for()
+
+    def nameless(self) -> list[str]:
+        """Return what can be used on the page but tells a screen reader no name."""
+        lines = self.page.locator("body").aria_snapshot().splitlines()
+        return [line for line in lines if re.match(rf"\s*- ({USABLE})(?! \")", line)]
 
     def sideways(self) -> int:
         """Return by how many pixels the page is wider than its window."""

@@ -17,6 +17,11 @@ from zfleet.client import Client
 VisitFn = Callable[..., Visit]
 
 UNFRIENDLY = 'It\'s a "red" circle,\n\t$HOME `id` $(id) \\n \\\\ !! %s 红色圆形 🙂'
+HEAR = """() => {
+  window.told = [];
+  const hear = (changes) => changes.forEach(({ target }) => told.push(target.textContent));
+  new MutationObserver(hear).observe(document.querySelector(".stage [role=status]"), { childList: true });
+}"""  # what a screen reader is told while a task goes on
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,17 +41,11 @@ def test_a_prompt_becomes_a_picture_with_progress_and_preview(visit: VisitFn, fl
     seen.open(fleet.tenant, "#/playground")
     page = seen.page
     ask(page, Prompt="a red circle", Model="simulated", Size="80 × 48", Steps="4", Format="PNG", Priority="high")
-    page.evaluate(
-        """() => {
-          window.told = [];
-          new MutationObserver((all) => all.forEach(({ target }) => told.push(target.textContent)))
-            .observe(document.querySelector(".stage [role=status]"), { childList: true, characterData: true, subtree: true });
-        }"""
-    )
+    page.evaluate(HEAR)
     page.get_by_label("Prompt", exact=True).press("Control+Enter")
     expect(page.get_by_role("img", name="a red circle")).to_have_js_property("naturalWidth", 80)
     expect(page.locator(".stage .state")).to_have_text("succeeded")
-    assert page.evaluate("told.length") <= 6, "a screen reader is told of a few steps only"
+    assert 1 <= page.evaluate("told.length") <= 6, "of a few steps only"
     task_id = page.url.partition("task=")[2]
     with Client(fleet.url, api_key=fleet.tenant) as client:
         done = client.status(task_id)
@@ -76,8 +75,10 @@ def test_a_run_is_watched_and_canceled(visit: VisitFn, fleet: Fleet, size: str) 
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("img", name="Preview of the picture")).to_be_visible()
     expect(page.get_by_text(re.compile("Step [0-9]+ of 40"))).to_be_in_viewport()
-    page.get_by_role("button", name="Cancel").click()
+    assert seen.nameless() == []
+    page.get_by_role("button", name="Cancel").press("Enter")
     expect(page.locator(".stage .state")).to_have_text("canceled")
+    expect(page.get_by_role("link", name="Details")).to_be_focused()
     expect(page.get_by_role("region", name="History")).to_contain_text("canceled")
 
 
@@ -146,3 +147,26 @@ def test_without_a_clipboard_the_text_is_there_to_be_taken(visit: VisitFn, fleet
     expect(seen.page.get_by_label("The request as curl")).to_have_value(re.compile("^curl .*a red circle", re.DOTALL))
     seen.page.get_by_role("button", name="Close").click()
     expect(seen.page.get_by_role("button", name="Copy as curl")).to_be_focused()
+
+
+def test_a_template_is_filled_in_and_what_is_copied_names_it(visit: VisitFn, fleet: Fleet) -> None:
+    seen = visit("phone", permissions=["clipboard-read", "clipboard-write"])
+    seen.open(fleet.tenant, "#/playground")
+    page = seen.page
+    ask(page, Template="E-commerce poster · 电商海报")
+    expect(page.get_by_label("Prompt", exact=True)).to_be_hidden()
+    expect(page.get_by_label("Size", exact=True)).to_have_value("1024x1536")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_label("Product · 商品")).to_have_accessible_description("is required")
+    page.get_by_label("Product · 商品").fill('一罐"龙井茶"')
+    copied_text = copied(seen, "curl")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("link", name="Download")).to_be_visible()
+    with Client(fleet.url, api_key=fleet.tenant) as client:
+        request = client.status(page.url.partition("task=")[2]).request
+    assert (request.template, request.height) == ("poster", 1536)
+    assert '一罐"龙井茶"' in request.prompt
+    assert '"template":"poster"' in copied_text
+    assert seen.sideways() == 0
+    page.reload()
+    expect(page.get_by_label("Product · 商品")).to_have_value('一罐"龙井茶"')

@@ -4,6 +4,7 @@ import { get, post, Problem } from "../api.js";
 import { link, query, rename } from "../address.js";
 import { h, notice } from "../dom.js";
 import { ago } from "../format.js";
+import { act } from "../operate/acting.js";
 import { formOf } from "../playground/form.js";
 import { historyOf } from "../playground/history.js";
 import { copyButtons } from "../tasks/copying.js";
@@ -87,11 +88,12 @@ function stageOf({ signal, keepSeed, changed }) {
     const mine = AbortSignal.any([signal, leaving.signal]);
     pictures.replaceChildren();
     let before = null;
-    cancel.onclick = () => stop(cancel, id);
+    cancel.onclick = () => act(cancel, { failed: (error) => notice(error.message, "bad") }, () => post(`api/cancel/${id}`));
     await followTask(id, (task) => {
       if (mine.aborted) return;
       if (!before) first(task);
       progress.draw(task);
+      if (document.activeElement === cancel && !isOpen(task.status)) details.focus();
       [bar.hidden, empty.hidden, cancel.hidden, details.href] = [false, true, !isOpen(task.status), link(`tasks/${id}`)];
       if (before?.status !== task.status) {
         state.replaceChildren(stateTag(task.status));
@@ -107,15 +109,6 @@ function stageOf({ signal, keepSeed, changed }) {
   }
 
   return { element, follow };
-}
-
-async function stop(button, id) {
-  button.disabled = true;
-  try {
-    await post(`api/cancel/${id}`);
-  } finally {
-    button.disabled = false;
-  }
 }
 
 /** Return {element, add(id, request), mark(id, status), settle()}: what was submitted in this browser. */

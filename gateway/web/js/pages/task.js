@@ -4,6 +4,7 @@ import { get, post, Problem } from "../api.js";
 import { link } from "../address.js";
 import { h, notice } from "../dom.js";
 import { moment, seconds } from "../format.js";
+import { act } from "../operate/acting.js";
 import { copyButtons } from "../tasks/copying.js";
 import { followTask } from "../tasks/following.js";
 import { gallery } from "../tasks/pictures.js";
@@ -68,28 +69,24 @@ function pageOf(id, signal) {
 
 const card = (name, ...content) => h("section", { class: "card", "aria-label": name }, h("h2", {}, name), ...content);
 
-/** Return {elements, draw(task)}: what can be done about a task. Buttons stay where they are, so that none loses the focus. */
+/** Return {elements, draw(task)}: what can be done about a task. Buttons stay where they are, and one that goes hands on the focus. */
 function buttonsOf(id) {
+  const line = { failed: (error) => notice(error.message, "bad") };
   let task = null;
-  const cancel = h("button", { type: "button", class: "danger", hidden: true, onclick: () => act(cancel, `api/cancel/${id}`, () => notice("It will stop at its next step.")) }, "Cancel");
-  const again = (answer) => (location.hash = link(`tasks/${answer.task_id}`));
-  const retry = h("button", { type: "button", class: "primary", hidden: true, onclick: () => act(retry, `api/tasks/${id}/retry`, again) }, "Retry");
+  const cancel = h("button", { type: "button", class: "danger", hidden: true, onclick: () => act(cancel, line, () => post(`api/cancel/${id}`)) }, "Cancel");
+  const again = async () => {
+    location.hash = link(`tasks/${(await post(`api/tasks/${id}/retry`)).task_id}`);
+  };
+  const retry = h("button", { type: "button", class: "primary", hidden: true, onclick: () => act(retry, line, again) }, "Retry");
   const play = h("a", { class: "button", href: link("playground", { task: id }) }, "Try in playground");
   const draw = (now) => {
     task = now;
+    const held = document.activeElement === cancel;
     cancel.hidden = !isOpen(now.status);
     retry.hidden = !mayRetry(now.status);
+    if (held && cancel.hidden) (retry.hidden ? play : retry).focus();
   };
   return { elements: [cancel, retry, play, ...copyButtons(() => task && requestOf(task.request))], draw };
-}
-
-async function act(button, path, then) {
-  button.disabled = true;
-  try {
-    then(await post(path));
-  } finally {
-    button.disabled = false;
-  }
 }
 
 /** Return what there is to say about a task in words: its error, its warnings. */
