@@ -111,6 +111,8 @@ function stageOf({ signal, keepSeed, changed }) {
   return { element, follow };
 }
 
+const named = ({ prompt, template, values }) => [template, prompt, ...Object.values(values ?? {})].filter(Boolean).join(" · ");
+
 /** Return {element, add(id, request), mark(id, status), settle()}: what was submitted in this browser. */
 function pastOf(history, signal) {
   const list = h("ol", { class: "past" });
@@ -126,7 +128,7 @@ function pastOf(history, signal) {
     element.hidden = !entries.length;
     list.replaceChildren(...entries.map((entry) => h("li", {}, h("a", { href: link("playground", { task: entry.task_id }) },
       thumbnail(entry.status === "succeeded" ? `/api/tasks/${entry.task_id}/thumbnail` : null),
-      h("span", { class: "what" }, h("span", { class: "prompt" }, entry.request.prompt ?? entry.request.template),
+      h("span", { class: "what" }, h("span", { class: "prompt" }, named(entry.request)),
         h("span", { class: "facts faint" }, [entry.request.model, entry.status === "succeeded" ? "" : entry.status, ago(entry.at)].filter(Boolean).join(" · ")))))));
   }
 

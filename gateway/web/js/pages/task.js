@@ -24,7 +24,7 @@ export async function show(main, account, signal, id) {
     let task = await followTask(id, page.draw, signal);
     while (!signal.aborted && task.webhook?.deliveries.some(({ state }) => state === "pending")) {
       await new Promise((resolve) => setTimeout(resolve, DELIVERIES_MS));
-      if (!document.hidden) page.draw((task = await get(`api/status/${id}`, signal)));
+      if (!document.hidden) page.draw((task = await get(`api/status/${id}`, signal).catch(() => task)));
     }
   } catch (error) {
     if (signal.aborted) return;

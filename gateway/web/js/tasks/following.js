@@ -19,8 +19,8 @@ export async function followTask(id, on, signal) {
   };
   const timer = setInterval(async () => {
     if (task.status !== "queued" || document.hidden) return;
-    const { status, position, eta_seconds } = await get(`api/status/${id}`, signal);
-    if (status === "queued" && task.status === "queued") tell({ position, eta_seconds });
+    const now = await get(`api/status/${id}`, signal).catch(() => null); // the stream tells what is wrong
+    if (now?.status === "queued" && task.status === "queued") tell({ position: now.position, eta_seconds: now.eta_seconds });
   }, PLACE_MS);
   const hear = (event, data) => {
     if (event === "progress") tell({ progress: data });
