@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     log_dir: Path | None = Field(
         None, description="JSON log files and gpu.csv, rotated; unset: stderr, with `up` data_dir/logs"
     )
+    alive_file: Path | None = Field(None, description="written every 5 s while a part runs well; see `zfleet alive`")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     models: Names = Field(("turbo",), description="aliases served here; the first is the default")
@@ -178,7 +179,7 @@ class Settings(BaseSettings):
             raise ValueError(f"must be below ZFLEET_DISK_PAUSE_PERCENT ({pause:g})")
         return resume
 
-    @field_validator("data_dir", "log_dir", "models_file", "lora_dir", "templates_dir")
+    @field_validator("data_dir", "log_dir", "alive_file", "models_file", "lora_dir", "templates_dir")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path else None

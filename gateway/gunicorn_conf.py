@@ -15,7 +15,9 @@ from common.servicemanager import service_manager
 from common.settings import load_settings
 
 settings = load_settings()
-manager = service_manager()  # now, or gunicorn itself would tell it that all is ready before any worker is
+manager = service_manager(
+    settings.alive_file
+)  # now, or gunicorn itself would tell it that all is ready before any worker is
 
 wsgi_app = "gateway.wsgi:app"
 worker_class = "gateway.gunicorn_worker.Worker"

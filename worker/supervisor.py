@@ -68,7 +68,7 @@ class Supervisor:
         self._broker = Broker(settings, patience_s=0.0)  # never waits for a Redis that is away
         self._reaper = Reaper(self._broker, open_storage(settings))
         self._housekeeping = Housekeeping(settings)
-        self._manager = service_manager()
+        self._manager = service_manager(settings.alive_file)
         gpus = [int(device) for device in devices if device != gpu.CPU]
         looked = gpulog.keeper(settings.log_dir if gpus else None)
         self._gpus = gpu.Watch(gpus, every_s=GPU_INTERVAL_S, looked=looked)

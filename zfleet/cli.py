@@ -31,7 +31,7 @@ def group(context: click.Context) -> None:
 for command in (
     local.up, serve.gateway, serve.worker, serve.webhooks, generate.generate, tasks.submit, tasks.status, tasks.cancel,
     fleet.queue, fleet.workers, fleet.templates, operate.pause, operate.resume, operate.drain, operate.restart,
-    logs.logs, keys.keys, settings.settings, local.demo,
+    logs.logs, keys.keys, settings.settings, local.demo, serve.alive,
 ):  # fmt: skip
     group.add_command(command)
 

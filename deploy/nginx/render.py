@@ -50,6 +50,7 @@ def render(
     tls_key: str | Path | None = None,
     tls_listen: str | Sequence[str] = "443",
     nginx_version: str = "1.22.1",
+    log_dir: str | Path | None = None,
 ) -> str:
     """Return a complete nginx.conf; raise ValueError, naming the argument, for a value Nginx could not use.
 
@@ -60,10 +61,12 @@ def render(
     user: whom the workers run as, `name` or `name:group`; only for a master started as root (Nginx warns otherwise).
     pid_file: default `run_dir/nginx.pid`. tls_cert, tls_key: PEM files; with them the service is on tls_listen, and
     listen redirects there. nginx_version: the version that will read the file; it decides how HTTP/2 is spelt.
+    log_dir: where access.log and error.log are, default run_dir.
     """
     plain_ports = [_address("listen", value, host_required=False) for value in _several("listen", listen)]
     servers = [_address("gateway", value, host_required=True) for value in _several("gateway", gateways)]
     results, run = _path("results-dir", results_dir), _path("run-dir", run_dir)
+    logs = _path("log-dir", log_dir) if log_dir is not None else run
     pid = _path("pid-file", pid_file) if pid_file is not None else f"{run}/nginx.pid"
     names = _matching("server-name", server_name, r"[A-Za-z0-9_*.-]+(?: [A-Za-z0-9_*.-]+)*", "host names")
     workers = _matching("workers", worker_processes, r"auto|[1-9]\d{0,2}", "a number from 1 to 999, or auto")
@@ -91,8 +94,8 @@ def render(
         user=_user(user),
         worker_processes=workers,
         pid=_quoted(pid),
-        error_log=_quoted(f"{run}/error.log"),
-        access_log=_quoted(f"{run}/access.log"),
+        error_log=_quoted(f"{logs}/error.log"),
+        access_log=_quoted(f"{logs}/access.log"),
         rate=rate,
         retry_after_s=_seconds_per_request(rate),
         burst=burst,
@@ -208,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--results-dir", required=True, metavar="DIR", help="where the local storage keeps the images, absolute")
     add("--run-dir", required=True, metavar="DIR", help="existing directory for pid, logs, temporary files, absolute")
     add("--pid-file", metavar="FILE", help="the pid file, if not nginx.pid in the run directory")
+    add("--log-dir", metavar="DIR", help="existing directory for the logs, if not the run directory")
     add("--server-name", default="_", metavar="NAMES", help="host names, separated by spaces (default: any)")
     add("--rate", default=DEFAULT_RATE, help="submissions per client address, <n>r/s or <n>r/m (default: %(default)s)")
     add("--burst", type=int, default=DEFAULT_BURST, help="submissions above the rate at once (default: %(default)s)")

@@ -8,6 +8,7 @@ import sys
 from common import telemetry
 from common.broker import Broker
 from common.errors import ConfigurationError
+from common.servicemanager import service_manager
 from common.settings import load_settings
 from gateway.webhooks.courier import Courier
 from gateway.webhooks.targets import Targets
@@ -18,7 +19,8 @@ def main() -> int:
     try:
         settings = load_settings()
         telemetry.configure(settings, "webhooks")
-        courier = Courier(Broker(settings), Targets(settings.webhook_allow))
+        manager = service_manager(settings.alive_file)
+        courier = Courier(Broker(settings), Targets(settings.webhook_allow), manager=manager)
     except ConfigurationError as error:
         sys.stderr.write(f"zfleet: {error.message}\n")
         return 2

@@ -22,7 +22,7 @@ from common.broker import Broker
 from common.errors import RedisUnavailable
 from common.records import Errand
 from common.schemas import TaskView, Wire
-from common.servicemanager import service_manager
+from common.servicemanager import ServiceManager
 from common.telemetry import get_logger
 from gateway.dialects.native import render
 from gateway.webhooks import signing
@@ -75,8 +75,9 @@ class Courier:
         try_s: float = TRY_S,
         lease_s: float = LEASE_S,
         most_of_tenant: int = MOST_OF_TENANT,
+        manager: ServiceManager | None = None,
     ) -> None:
-        """`pauses_s` are those between tries: there is one try more."""
+        """`pauses_s` are those between tries: there is one try more. `manager` is told how it goes."""
         self.name = f"{socket.gethostname()}.webhooks.{os.getpid()}.{secrets.token_hex(3)}"
         self._broker = broker
         self._targets = targets
@@ -87,7 +88,7 @@ class Courier:
         self._most = most_of_tenant
         self._under_way: dict[Errand, Cutoff] = {}
         self._lock = threading.Lock()  # of what is under way
-        self._manager = service_manager()
+        self._manager = manager or ServiceManager()
         self._ended = threading.Event()  # a try has
         self._stopping = threading.Event()
 

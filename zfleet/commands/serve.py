@@ -1,4 +1,4 @@
-"""`zfleet gateway`, `worker` and `webhooks`: one part of the fleet, in the foreground."""
+"""`zfleet gateway`, `worker` and `webhooks`: one part of the fleet, in the foreground; `alive`: whether it is well."""
 
 from __future__ import annotations
 
@@ -56,6 +56,31 @@ def webhooks() -> None:
     from zfleet.machine import courier_command
 
     _become(courier_command(), settings)
+
+
+@click.command()
+@click.option("--ready", is_flag=True, help="Whether it does its work by now, and does not only start.")
+def alive(ready: bool) -> None:
+    """Tell whether the part that runs here is well, for a container's probe.
+
+    It looks at ZFLEET_ALIVE_FILE, which that part has to be given too; exit code 1 says no.
+    """
+    from common.errors import ConfigurationError, FleetError
+    from common.servicemanager import READY, STALE_S, sign_of_life
+    from common.settings import load_settings
+
+    file = load_settings().alive_file
+    if file is None:
+        raise ConfigurationError("ZFLEET_ALIVE_FILE is not set; give a file to the part and to this command")
+    try:
+        age_s, said = sign_of_life(file)
+    except OSError as error:
+        raise FleetError(f"no sign of life in {file}: {error.strerror}") from None
+    if age_s > STALE_S:
+        raise FleetError(f"the last sign of life was {age_s:.0f} s ago: {said}")
+    if ready and not said.startswith(READY):
+        raise FleetError(said)
+    click.echo(said)
 
 
 def _settings(flags: Mapping[str, Any], *, extra: str, module: str) -> Settings:

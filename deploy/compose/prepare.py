@@ -1,0 +1,66 @@
+"""Make what compose.yaml needs beside it: `.env` with new passwords, Redis' users, Nginx' configuration.
+
+`python3 deploy/compose/prepare.py` needs the standard library only. Run again it keeps the passwords and whatever else
+was changed in `.env`, and makes the rest anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DEPLOY = HERE.parent
+PASSWORD = re.compile(r"^([A-Z]+)_PASSWORD=(.*)$", re.MULTILINE)
+NGINX = "1.28.0"
+
+
+def environment(known: str) -> str:
+    """Return the text of `.env` with a password wherever there was none."""
+    return PASSWORD.sub(lambda line: f"{line[1]}_PASSWORD={line[2] or secrets.token_hex(32)}", known)
+
+
+def users(env: str) -> str:
+    """Return Redis' ACL file with the passwords' digests; raises SystemExit where a user has none."""
+    acl = (DEPLOY / "redis" / "users.acl").read_text("utf-8")
+    for user, password in PASSWORD.findall(env):
+        acl = acl.replace(f"#{user}_PASSWORD_SHA256", "#" + hashlib.sha256(password.encode()).hexdigest())
+    if left := re.findall(r"#([A-Z]+)_PASSWORD_SHA256", acl):
+        sys.exit(f"{sys.argv[0]}: .env has no {left[0]}_PASSWORD; copy the line from .env.example")
+    return acl
+
+
+def nginx() -> str:
+    """Return the configuration of the Nginx in front of the one gateway."""
+    options = {
+        "--listen": "8080", "--gateway": "gateway:8080", "--results-dir": "/var/lib/zfleet/results",
+        "--run-dir": "/run/zfleet", "--log-dir": "/var/log/nginx", "--nginx-version": NGINX,
+    }  # fmt: skip
+    told = [part for option in options.items() for part in option]
+    command = [sys.executable, str(DEPLOY / "nginx" / "render.py"), *told]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the files beside this one, or below the folder that is given."""
+    folder = Path(argv[0]) if argv else HERE
+    path, made = folder / ".env", folder / "made"
+    known = path if path.exists() else HERE / ".env.example"
+    env = environment(known.read_text("utf-8"))
+    made.mkdir(mode=0o700, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(env)
+    for name, text in {"users.acl": users(env), "nginx.conf": nginx()}.items():
+        (made / name).write_text(text, "utf-8")
+        (made / name).chmod(0o644)  # read by the containers' own users, through a folder that is ours alone
+    print(f"{path}, and in {made}: users.acl, nginx.conf")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
