@@ -128,3 +128,13 @@ def test_a_fleet_works_in_the_sandbox(stack: contextlib.ExitStack, redis_session
         assert view.status == "succeeded", view.error
         assert [len(picture) > 100 for picture in client.images(view)] == [True]
     eventually(lambda: [heard.told["type"] for heard in receiver.heard][-1:] == ["task.ended"])
+
+
+def test_the_environment_file_has_settings_and_no_password() -> None:
+    text = (units.FOLDER / "zfleet.env").read_text("utf-8")
+    names = {line.partition("=")[0] for line in text.splitlines() if line and not line.startswith("#")}
+    assert names <= {f"ZFLEET_{name.upper()}" for name in Settings.model_fields}
+    assert "ZFLEET_REDIS_URL" not in names
+    for unit in units.SERVICES:
+        shared, own = units.directives(unit)["EnvironmentFile"]
+        assert shared == "-/etc/zfleet/zfleet.env" and own in DOCS.replace("$part", own.split("/")[-1].split(".")[0])
