@@ -20,6 +20,7 @@ from tests.deploy.manager import Manager
 from tests.receivers import Receiver
 from tests.servers import RedisServer, Server, binary, eventually, free_port
 from worker import supervisor
+from worker.slot import Slot
 from zfleet.client import Client
 
 DOCS = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text("utf-8")
@@ -138,3 +139,15 @@ def test_the_environment_file_has_settings_and_no_password() -> None:
     for unit in units.SERVICES:
         shared, own = units.directives(unit)["EnvironmentFile"]
         assert shared == "-/etc/zfleet/zfleet.env" and own in DOCS.replace("$part", own.split("/")[-1].split(".")[0])
+
+
+def test_a_supervisor_for_each_gpu_gives_no_name_twice() -> None:
+    alone = [Slot(0, home=gpu, device=gpu) for gpu in ("0", "1")]  # each is the first of its supervisor
+    assert [slot.place for slot in alone] == ["gpu0", "gpu1"]
+    alone[1].device = "cpu"  # which stands in while the GPU is lost
+    assert alone[1].place == "cpu1"
+    several = [Slot(index, "0", "0", nth=index) for index in range(2)] + [
+        Slot(0, "cpu", "cpu"),
+        Slot(1, "cpu", "cpu", 1),
+    ]
+    assert [slot.place for slot in several] == ["gpu0", "gpu0-1", "cpu0", "cpu1"]
