@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from flask import Response
 
@@ -14,6 +14,7 @@ from common.models import Catalogue
 from common.redisstate import RedisState
 from common.schemas import Wire
 from common.settings import Settings
+from common.storage.base import Disk
 from gateway import problems
 from gateway.admission import open_to
 from gateway.api import NO_STORE, Api, json_answer
@@ -54,6 +55,7 @@ class Checkup:
         try:
             self._broker.probe()  # reads alone would go on where a full disk makes Redis refuse writes
             every, pending, state = self._broker.workers(), self._broker.pending(), self._redis_state()
+            disks = self._broker.disks()
         except RedisUnavailable as error:
             return Health(
                 status="unhealthy", reasons=[error.message], uptime_seconds=uptime_s, gpu_memory_used_mb=0,
@@ -63,7 +65,7 @@ class Checkup:
         reasons = [
             *_gpus(every),
             *_unserved(cards, self._catalogue),
-            *self._disk.reasons(),
+            *(self._disk.reasons() or _disks(disks, self._settings)),
             *_file(state),
             *_replicas(state, self._settings),
         ]
@@ -147,6 +149,16 @@ def _unserved(cards: Sequence[WorkerCard], catalogue: Catalogue) -> Iterator[str
         yield "no worker is alive"
     elif unserved:
         yield f"no worker serves {', '.join(unserved)}; tasks for it wait"
+
+
+def _disks(disks: Mapping[str, Disk], settings: Settings) -> Iterator[str]:
+    """Tell of other hosts' disks; where all share one, this process has told of it."""
+    limit = settings.disk_resume_percent / 100
+    if full := sum(disk.size > 0 and 1 - disk.free / disk.size >= limit for disk in disks.values()):
+        yield (
+            f"hosts whose disk for results is nearly full: {full}; see zfleet_disk_free_bytes at /metrics, and free "
+            "space there or lower ZFLEET_RETENTION_DAYS"
+        )
 
 
 def _file(state: RedisState) -> Iterator[str]:

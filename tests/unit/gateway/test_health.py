@@ -16,6 +16,7 @@ from common.broker import Broker
 from common.cards import GpuReading, Health
 from common.redisstate import RedisState, Replica, redis_state
 from common.settings import load_settings
+from common.storage.base import Disk
 from gateway import health as health_module
 from gateway.app import create_app
 from tests.servers import RedisServer, eventually, free_port
@@ -121,6 +122,18 @@ def test_a_gpu_whose_driver_tells_nothing_degrades_the_fleet(
     (reason,) = health(client).reasons
     assert reason.startswith("GPUs of which their driver tells nothing: 1;") and "host" not in reason.split(";")[0]
     silent.beat(gpu=None, device="cpu", started_at=datetime.now(UTC) - timedelta(minutes=1))
+    assert health(client).status == "healthy"
+
+
+def test_a_workers_disk_that_is_nearly_full_degrades_the_fleet(
+    client: FlaskClient, broker: Broker, worker: FakeWorker
+) -> None:
+    worker.beat()
+    for host, free in (("near", 16), ("far", 15), ("empty", 0)):
+        broker.note_disk(host, Disk(free, 0 if host == "empty" else 100))
+    (reason,) = health(client).reasons
+    assert reason.startswith("hosts whose disk for results is nearly full: 1;") and "far" not in reason
+    broker.note_disk("far", Disk(90, 100))
     assert health(client).status == "healthy"
 
 
