@@ -40,6 +40,8 @@ RULES = [
 ]
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [(panel["title"], target) for panel in PANELS for target in panel["targets"]]
+SCALED = yaml.safe_load((FOLDER.parent / "kubernetes" / "overlays" / "gpu" / "scaling.yaml").read_text("utf-8"))
+SCALING = [trigger["metadata"]["query"] for trigger in SCALED["spec"]["triggers"]]
 PROMETHEUS_OWN = {"up": frozenset({"job", "instance"})}
 EVERY = {"$__rate_interval": "10s", "$model": ".*"}
 
@@ -262,6 +264,11 @@ def test_an_alert_asks_for_what_there_is(seen: Seen, rule: dict[str, Any]) -> No
     for want in wanted(rule["expr"]):
         assert seen.has(want), f"/metrics has no {want.name} with {sorted(want.labels)}"
     assert seen.ask(rule["expr"]) == [], "and this fleet is well"
+
+
+@pytest.mark.parametrize("query", SCALING)
+def test_an_autoscaler_asks_for_what_there_is(seen: Seen, query: str) -> None:
+    assert all(seen.has(want) for want in wanted(query)) and seen.finds(query)
 
 
 def test_a_name_that_is_wrong_is_found_out(seen: Seen) -> None:
