@@ -21,11 +21,13 @@ from requests.auth import AuthBase
 
 from common.cards import Health, ModelView, QueueDepth, WorkerCard
 from common.errors import ClientError, ConfigurationError, FieldError, Unauthenticated
+from common.fleet import Fleet
 from common.inputs import FIELDS
 from common.problem import Problem
 from common.schemas import InputImage, SubmitAnswer, TaskPage, TaskStatus, TaskView
 from common.templates import TemplateView
 from zfleet import pictures
+from zfleet.trend import History
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -233,6 +235,14 @@ class Client:
     def templates(self) -> list[TemplateView]:
         """Return the prompt templates."""
         return self._list(TemplateView, "api/templates", "templates")
+
+    def fleet(self) -> Fleet:
+        """Return the whole fleet in one picture."""
+        return self._call(Fleet, "GET", "api/fleet")
+
+    def history(self) -> History:
+        """Return how the fleet did in the last quarter of an hour."""
+        return self._call(History, "GET", "api/history", params={"window": "15m"})
 
     def health(self) -> Health:
         """Return the fleet's health, also when it is bad."""
