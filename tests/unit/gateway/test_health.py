@@ -146,7 +146,7 @@ class Pair:
     def __init__(self, folder: Path) -> None:
         for name in ("primary", "replica"):
             (folder / name).mkdir()
-        self.primary = RedisServer(folder / "primary", "--repl-ping-replica-period", "1")
+        self.primary = RedisServer(folder / "primary", "--repl-diskless-sync-delay", "0")
         self.replica = RedisServer(folder / "replica", "--replicaof", "127.0.0.1", str(self.primary.port))
         self.settings = load_settings(
             {"redis_url": self.primary.url, "models": ("simulated",), "data_dir": folder, "redis_replicas": 1,
