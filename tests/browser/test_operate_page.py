@@ -171,7 +171,7 @@ def test_a_key_is_made_shown_once_rotated_and_revoked(operate: Callable[..., Pag
     key = fleet.broker.key(key_id)
     assert key is not None and key.expires_at is not None
     assert (key.tenant, key.admin, key.rate, key.max_queued, key.max_running) == (tenant, False, "20/m", 50, 2)
-    assert (key.priority_max, (key.expires_at - key.created_at).days) == ("normal", 30)
+    assert key.priority_max == "normal" and round((key.expires_at - key.created_at) / timedelta(days=1)) == 30
     assert fleet.broker.shares()[tenant] == 2.5
     assert made.split("_")[2] not in page.content()
     row = part.get_by_role("row").filter(has_text=key_id)
@@ -213,7 +213,7 @@ def test_what_the_gateway_refuses_is_said_as_it_says_it(visit: Callable[..., Vis
     dialog.get_by_label("Tenant").fill("acme")
     dialog.get_by_label("Most queued").evaluate("entry => { entry.min = -9; entry.value = -7; }")
     dialog.get_by_role("button", name="Make the key").click()
-    expect(told(dialog)).to_have_text(re.compile("max_queued: .*greater"))
+    expect(told(dialog)).to_have_text(re.compile("max_queued: must be"))
     (refused,) = seen.errors
     assert "422" in refused
     seen.errors.clear()  # a browser tells of any such answer

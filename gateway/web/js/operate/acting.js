@@ -13,7 +13,7 @@ export function outcome() {
     element,
     done: (...parts) => write("good", ...parts),
     doing: (...parts) => write("faint", ...parts),
-    failed: (error) => write("bad", error.errors?.map(({ loc, msg }) => `${loc}: ${msg}`).join("; ") || error.message),
+    failed: (error) => write("bad", error.message),
   };
 }
 

@@ -17,7 +17,7 @@ const tasks = (many, more = false) => `${more ? "more than " : ""}${many.toLocal
 export function failed(signal) {
   const line = outcome();
   const model = h("select", { name: "model" }, h("option", { value: "" }, "all models"));
-  const tenant = h("input", { name: "tenant", placeholder: "all tenants", autocomplete: "off", spellcheck: false, size: 14 });
+  const tenant = h("input", { name: "tenant", placeholder: "all tenants", autocomplete: "off", size: 14 });
   const chosen = () => ({ ...(model.value && { model: model.value }), ...(tenant.value.trim() && { tenant: tenant.value.trim() }) });
   const start = (work) => async () => {
     line.doing("Counting …");

@@ -36,7 +36,7 @@ export function askForKey(first) {
   const entry = (name, props) => h("input", { name, autocomplete: "off", ...props });
   const fields = [
     first ? h("p", { class: "warn" }, "With the first key, nobody is served without one any more. Let it be an admin's; this page goes on with it.") : null,
-    labelled("Tenant", entry("tenant", { required: true, pattern: "[a-z0-9][a-z0-9\\-]{0,31}", title: "1 to 32 of a–z, 0–9 and -, with no - in front", spellcheck: false, autofocus: true }), "a team or a product"),
+    labelled("Tenant", entry("tenant", { required: true, pattern: "[a-z0-9][a-z0-9\\-]{0,31}", title: "1 to 32 of a–z, 0–9 and -, with no - in front", autofocus: true }), "a team or a product"),
     h("label", { class: "row" }, h("input", { type: "checkbox", name: "admin", checked: first }), "Admin: sees and steers the whole fleet"),
     h("div", { class: "fields" },
       labelled("Highest priority", h("select", { name: "priority_max" }, options([["high", "high"], ["normal", "normal"], ["low", "low"]]))),
