@@ -43,6 +43,7 @@ from common.records import (
     seconds,
 )
 from common.schemas import ImageRef, StageTimings, TaskError
+from common.serverfacts import ServerFacts
 
 NOTHING: Mapping[Hold, str] = {}
 NO_LIMIT: Mapping[str, int] = {}
@@ -52,7 +53,7 @@ RECONCILE_GRACE_S = 5.0
 LONGEST_BOUND_S = 1e9  # a script cannot read infinity
 
 
-class Broker(FleetView, Keyring, Operating, RateLimits, Outbox, Figures):
+class Broker(FleetView, ServerFacts, Keyring, Operating, RateLimits, Outbox, Figures):
     """One process's way to Redis. Safe to share between threads and greenlets."""
 
     # The gateway's side

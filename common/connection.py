@@ -188,6 +188,14 @@ def _heard(subscription: Any, stop: Callable[[], bool]) -> Iterator[str | None]:
             asked = True
 
 
+def allowed(ask: Callable[[], T]) -> T | None:
+    """Return what Redis answers, and None where this user may not ask it."""
+    try:
+        return ask()
+    except redis.exceptions.NoPermissionError:
+        return None
+
+
 class _Pool(redis.BlockingConnectionPool):
     """A pool that hands a connection out without first looking whether it is still good.
 

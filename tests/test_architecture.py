@@ -28,7 +28,7 @@ MAX_LINES = 400
 # The rooms that a rule leaves open
 ENVIRONMENT = {"common/settings.py"}
 # Of the broker, which others reach by it
-PARTS = {"link", "fleetview", "keyring", "operating", "ratelimit", "outbox", "figures"}
+PARTS = {"link", "fleetview", "keyring", "operating", "ratelimit", "outbox", "figures", "serverfacts"}
 KEYS = {"common/broker.py"} | {f"common/{part}.py" for part in PARTS}
 REDIS = {"common/broker.py", "common/connection.py", "worker/gpu_worker.py"}  # the last for RQ's own registration
 RQ = {"worker/gpu_worker.py"}
@@ -90,6 +90,10 @@ COMMON = sorted(".".join(m.with_suffix("").parts).removesuffix(".__init__") for 
         ("import worker.pipelines.simulated", MODEL | WEB | {"redis", "rq"}),
         ("import worker.pico", MODEL),
         ("import zfleet.client", MODEL | WEB | {"gateway", "worker", "redis", "rq"}),
+        (
+            "import zfleet.doctor.compute, zfleet.doctor.edge, zfleet.doctor.files, zfleet.doctor.store, zfleet.top",
+            MODEL | WEB | {"gateway", "worker", "rq"},
+        ),
         ("import zfleet.stack", MODEL | WEB | {"gateway", "worker", "rq"}),
         (
             "from zfleet.cli import main; assert main(['--help']) == 0",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from common.errors import ConfigurationError, FleetError
-from zfleet.commands import fleet, generate, keys, local, logs, operate, serve, settings, tasks, top
+from zfleet.commands import doctor, fleet, generate, keys, local, logs, operate, serve, settings, tasks, top
 
 MISTAKE = 2
 FAILURE = 1
@@ -31,7 +31,7 @@ def group(context: click.Context) -> None:
 for command in (
     local.up, serve.gateway, serve.worker, serve.webhooks, generate.generate, tasks.submit, tasks.status, tasks.cancel,
     fleet.queue, fleet.workers, fleet.templates, operate.pause, operate.resume, operate.drain, operate.restart,
-    top.top, logs.logs, keys.keys, settings.settings, local.demo, serve.alive,
+    top.top, doctor.doctor, logs.logs, keys.keys, settings.settings, local.demo, serve.alive,
 ):  # fmt: skip
     group.add_command(command)
 
