@@ -141,20 +141,6 @@ class Moved(NamedTuple):
     request_id: str
 
 
-class RedisFacts(NamedTuple):
-    """What Redis says of itself. None is what the user may not ask, or an old server does not tell."""
-
-    version: str
-    aof: bool
-    appendfsync: str | None
-    write_error: str  # of the last write of the AOF or of a snapshot; empty: none
-    maxmemory: int  # bytes; 0: no limit
-    used: int  # bytes
-    policy: str
-    user: str | None
-    clock_ahead_s: float  # of this machine's, give or take half a round trip
-
-
 class EtaErrors(NamedTuple):
     """How far off a model's estimates were, |actual - estimated| / actual."""
 

@@ -27,6 +27,20 @@ class RedisState(NamedTuple):
     replicas: tuple[Replica, ...]
 
 
+class RedisFacts(NamedTuple):
+    """How Redis is set up. None is what the user may not ask, or an old server does not tell."""
+
+    version: str
+    aof: bool
+    appendfsync: str | None
+    write_error: str  # of the last write of the AOF or of a snapshot; empty: none
+    maxmemory: int  # bytes; 0: no limit
+    used: int  # bytes
+    policy: str
+    user: str | None
+    clock_ahead_s: float  # of this machine's, give or take half a round trip
+
+
 def redis_state(persistence: Mapping[str, Any], replication: Mapping[str, Any]) -> RedisState:
     """Read these two sections of INFO, as redis-py hands them out; what a server does not tell counts as fine."""
     end = int(replication.get("master_repl_offset", 0))

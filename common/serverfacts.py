@@ -7,7 +7,7 @@ from typing import Any
 
 from common.connection import allowed
 from common.link import Link
-from common.records import RedisFacts
+from common.redisstate import RedisFacts
 
 
 class ServerFacts(Link):

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from common.broker import Broker
 from common.errors import ConfigurationError, RedisUnavailable
 from common.listening import is_loopback
-from common.records import RedisFacts
+from common.redisstate import RedisFacts
 from common.settings import Settings, mask_url
 from zfleet.doctor.report import Finding, Patient, State
 
