@@ -17,8 +17,9 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_pla
 from common.broker import Broker
 from common.settings import Settings
 from tests.fleet import ready_workers
-from tests.servers import GatewayServer, RedisServer, WorkerServer, binary
+from tests.servers import GatewayServer, RedisServer, WorkerServer, binary, eventually
 from tests.tenants import new_key
+from zfleet.client import Client
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 QUIET = (
@@ -103,6 +104,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         worker = WorkerServer(settings, folder / "worker.log")
         with worker, GatewayServer(settings, folder / "gateway.log") as gateway:
             ready_workers(broker, 2)
+            eventually(lambda: Client(gateway.url).ready() is None, within_s=30)
             yield Fleet(gateway.url, broker, settings, admin, tenant)
         broker.close()
 
