@@ -164,7 +164,7 @@ def test_the_key_is_nowhere_on_redis(fleet: Fleet) -> None:
 
 def test_metrics_and_the_fleets_views_name_no_prompt(fleet: Fleet) -> None:
     _talk(fleet, fleet.front.gateway.url)
-    for path in ("/metrics", "/health", "/api/history", "/api/queue", "/api/workers", "/api/models", "/api/tasks"):
+    for path in ("/metrics", "/health", "/api/history", "/api/queue", "/api/workers", "/api/models", "/api/fleet"):
         answer = requests.get(
             f"{fleet.front.gateway.url}{path}", headers={"Authorization": f"Bearer {fleet.token}"}, timeout=5
         )
