@@ -50,7 +50,7 @@ def test_pages_have_no_colours_but_the_tokens() -> None:
 
 def test_a_theme_is_chosen_and_kept(visit: Callable[..., Visit], fleet: Fleet) -> None:
     seen = visit(color_scheme="light")
-    seen.sign_in(fleet.tenant)
+    seen.open(fleet.tenant)
     background = "getComputedStyle(document.body).backgroundColor"
     light = seen.page.evaluate(background)
     button = seen.page.get_by_role("button", name="Theme: auto")
@@ -65,9 +65,7 @@ def test_a_theme_is_chosen_and_kept(visit: Callable[..., Visit], fleet: Fleet) -
 
 def test_the_keyboard_comes_first_to_the_content(visit: Callable[..., Visit], fleet: Fleet) -> None:
     seen = visit(reduced_motion="reduce")
-    seen.sign_in(fleet.admin)
-    seen.page.reload()
-    seen.page.get_by_role("heading", level=1).wait_for()
+    seen.open(fleet.admin)
     seen.page.keyboard.press("Tab")
     expect(seen.page.get_by_role("link", name="Skip to content")).to_be_focused()
     assert seen.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -82,7 +80,7 @@ def test_all_pages_together_weigh_little(visit: Callable[..., Visit], fleet: Fle
     seen.page.on(
         "response", lambda answer: sizes.update({answer.url: len(answer.body())}) if "/web/" in answer.url else None
     )
-    seen.sign_in(fleet.admin)
+    seen.open(fleet.admin)
     for name in ("Fleet", "Tasks", "Playground", "Operate"):
         seen.go(name)
     assert len(sizes) > 10
