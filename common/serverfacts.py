@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Any
 
+from common import keys
 from common.connection import allowed
 from common.link import Link
 from common.redisstate import RedisFacts
@@ -16,6 +18,14 @@ class ServerFacts(Link):
     def redis_facts(self) -> RedisFacts:
         """Return how Redis is set up."""
         return self._patiently(self._facts)
+
+    def takes_writes(self) -> bool:
+        """Write to Redis; False where this user has no key for that. Raises RedisUnavailable if it takes none."""
+
+        def write() -> object:
+            return self._redis.set(keys.PROBE, secrets.token_hex(4), ex=keys.PROBE_TTL_S)
+
+        return self._patiently(lambda: allowed(write) is not None)
 
     def _facts(self) -> RedisFacts:
         before = time.time()

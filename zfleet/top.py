@@ -102,9 +102,9 @@ class _Part:
         shown = self.rows if most >= len(self.rows) else self.rows[: max(0, most - 1)]
         for row in shown:
             table.add_row(*row)
-        if len(shown) < len(self.rows):
-            table.add_row(Text(f"… {len(self.rows) - len(shown)} more", style="dim"))
-        return table
+        if len(shown) == len(self.rows):
+            return table
+        return Group(table, Text(f"… {len(self.rows) - len(shown)} more", style="dim"))
 
 
 def shared(room: int, wants: Sequence[int]) -> list[int]:
@@ -153,7 +153,7 @@ def _trends(history: History, options: ConsoleOptions) -> Iterator[RenderableTyp
 
 def _queues(fleet: Fleet) -> _Part:
     rows = [
-        [q.model, q.priority, str(q.queued), str(q.running), seconds(q.oldest_age_seconds) or NONE]
+        [_name(q.model), q.priority, str(q.queued), str(q.running), seconds(q.oldest_age_seconds) or NONE]
         for q in fleet.queues
     ]
     return _Part(["QUEUE", "PRIORITY", ">QUEUED", ">RUNNING", ">OLDEST"], rows, "No queues yet.")
@@ -171,9 +171,9 @@ def _worker(worker: WorkerView, now: datetime) -> list[RenderableType]:
         memory += f"/{gpu.memory_total_mb / 1024:.0f}G"
     colour = {"lost": "red", "draining": "yellow", "loading": "yellow", "busy": "green"}.get(worker.state, "")
     return [
-        Text(worker.name),
+        _name(worker.name),
         Text(worker.state, style=colour),
-        Text(gpu.name if gpu else worker.device),
+        _name(gpu.name if gpu else worker.device),
         NONE if gpu is None or gpu.utilisation_percent is None else f"{gpu.utilisation_percent}%",
         memory or NONE,
         NONE if gpu is None or gpu.temperature_c is None else f"{gpu.temperature_c}°",
@@ -187,17 +187,22 @@ def _worker(worker: WorkerView, now: datetime) -> list[RenderableType]:
 def _runs(fleet: Fleet) -> _Part:
     rows: list[list[RenderableType]] = [
         [
-            Text(run.task_id[:12]),
-            Text(run.model),
-            Text(run.tenant),
+            _name(run.task_id[:12]),
+            _name(run.model),
+            _name(run.tenant),
             ProgressBar(total=max(1, run.steps), completed=run.step, width=BAR),
             f"{run.step}/{run.steps}",
-            Text(worker.name),
+            _name(worker.name),
         ]
         for worker in fleet.workers
         for run in worker.runs
     ]
     return _Part(["TASK", "MODEL", "TENANT", "PROGRESS", ">STEP", "WORKER"], rows, "Nothing runs.")
+
+
+def _name(text: str) -> Text:
+    """Return what somebody else has named, with nothing in it that a terminal would obey."""
+    return Text("".join(one if one.isprintable() else "?" for one in text))
 
 
 def _one_line(text: Text) -> Text:

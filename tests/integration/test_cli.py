@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +92,84 @@ def test_queue_and_workers(env: dict[str, str]) -> None:
         zfleet("submit", "x", "--priority", priority, env=env)
     rows = [line.split()[:2] for line in zfleet("queue", env=env).stdout.splitlines()[1:]]
     assert rows == [["simulated", "high"], ["simulated", "normal"], ["simulated", "low"]]
+
+
+def test_a_template_from_its_list_to_a_picture(up: Up, env: dict[str, str], tmp_path: Path) -> None:
+    listed = zfleet("templates", env=env).stdout
+    assert "电商海报" in listed and "product* headline" in listed
+    assert "poster" in {one["name"] for one in json.loads(zfleet("templates", "--json", env=env).stdout)}
+    values = ["--set", "product=一罐龙井茶", "--set", "headline=a=b {slogan}"]
+    size = ["--width", "128", "--height", "192", "--format", "png"]
+    task_id = zfleet("submit", "--template", "poster", *values, *size, env=env).stdout.strip()
+    with up.client() as client:
+        view = client.wait(task_id, 20)
+        assert client.generate("a fox", template="avatar", width=64, height=64).view.request.template == "avatar"
+    assert (view.status, view.request.template, view.request.width) == ("succeeded", "poster", 128)
+    assert "画面中央是一罐龙井茶" in view.request.prompt and "“a=b {slogan}”" in view.request.prompt
+    refused = zfleet("generate", "--template", "poster", "-o", str(tmp_path / "x.png"), env=env)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "values.product: is required by template poster" in refused.stderr
+
+
+def test_top_shows_this_fleet(up: Up, env: dict[str, str]) -> None:
+    with up.client() as client:
+        busy = [client.submit("x", n=8).task_id for _ in range(3)]
+        eventually(lambda: any(worker.runs for worker in client.fleet().workers), within_s=20)
+        once = zfleet("top", "--once", env=env)
+        assert once.returncode == 0, once.stderr
+        assert "HEALTHY" in once.stdout and all(card.name in once.stdout for card in client.workers())
+        assert any(task_id[:12] in once.stdout for task_id in busy)
+        for task_id in busy:
+            client.cancel(task_id)
+
+
+@pytest.mark.parametrize("leave", ["q", "\x03"], ids=["q", "ctrl-c"])
+def test_top_on_a_terminal_until_it_is_left(env: dict[str, str], leave: str) -> None:
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zfleet", "top", "--interval", "0.2"], cwd=ROOT, env=env | {"TERM": "xterm-256color"},
+        stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    seen = b""
+    until = time.monotonic() + 20
+    while seen.count(b"HEALTHY") < 3 and time.monotonic() < until:
+        seen += os.read(controller, 65536)
+    os.write(controller, leave.encode())
+    with contextlib.suppress(OSError):  # the terminal is gone
+        while rest := os.read(controller, 65536):
+            seen += rest
+    assert process.wait(10) == 0
+    os.close(controller)
+    assert seen.count(b"HEALTHY") >= 3
+    assert b"\x1b[?1049h" in seen and b"\x1b[?1049l" in seen, "the screen is given back"
+    assert process.stderr is not None and process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_the_doctor_finds_this_fleet_well(up: Up, tmp_path: Path) -> None:
+    env = environment(url=up.url, redis_url=up.redis_url, models="simulated", data_dir=tmp_path)
+    done = zfleet("doctor", env=env)
+    assert done.returncode == 0, done.stdout
+    for line in ("ok       redis AOF", "ok       gateway:", "ok       gateway clock", "ok       templates"):
+        assert line in done.stdout
+
+
+def test_a_bad_template_stops_gateway_and_stack(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('model = "turbo"\nprompt = "a {cat}"\n')
+    env = environment(templates_dir=tmp_path, data_dir=tmp_path / "data", models="simulated")
+    for line in (["gateway", "--port", str(free_port())], ["up", "--port", str(free_port())]):
+        done = zfleet(*line, env=env)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith(f"zfleet: {tmp_path / 'own.toml'}:1: title: is required")
+    gateway = [sys.executable, "-m", "gunicorn", "-c", "gateway/gunicorn_conf.py", "gateway.wsgi:app"]
+    bare = subprocess.run(
+        gateway, cwd=ROOT, env=env | {"ZFLEET_PORT": str(free_port())}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert bare.returncode != 0 and "own.toml:1: title: is required" in bare.stderr
 
 
 def test_ctrl_c_stops_the_task_itself(up: Up, tmp_path: Path) -> None:

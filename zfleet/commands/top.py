@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -43,6 +44,8 @@ def top(once: bool, interval: float, url: str | None) -> None:
     """
     from rich.console import Console
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII alone
     console = Console(highlight=False)
     with options.connect(url, timeout_s=LONGEST_CALL_S) as client:
         watch = Watch(client)

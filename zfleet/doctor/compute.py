@@ -40,7 +40,7 @@ def check(patient: Patient) -> Iterator[Finding]:
     """Look at what computes."""
     yield python(sys.version_info[:2])
     driver, gpus = look()
-    yield from torch(driver, gpus)
+    yield from torch(driver, gpus, PROBE)
     yield driver_says(driver)
     for spec in patient.settings.catalogue().values():
         yield from memory(spec, gpus, patient.settings.devices)
@@ -74,7 +74,7 @@ def look() -> tuple[Driver | None, list[GpuReading]]:
     return driver, [reading for index in range(gpu.count()) if (reading := gpu.read(index))]
 
 
-def torch(driver: Driver | None, gpus: Sequence[GpuReading], probe: str = PROBE) -> Iterator[Finding]:
+def torch(driver: Driver | None, gpus: Sequence[GpuReading], probe: str) -> Iterator[Finding]:
     """Judge torch and CUDA by what a process that uses them says."""
     if importlib.util.find_spec("torch") is None:
         yield Finding("torch", "skipped", f"is not installed; {WORKER_ONLY}")

@@ -89,7 +89,15 @@ def _date(url: str) -> Finding:
     before = time.time()
     try:
         header = requests.get(urljoin(url.rstrip("/") + "/", "health"), timeout=CALL_S).headers.get("Date", "")
-        ahead_s = parsedate_to_datetime(header).timestamp() + DATE_STEP_S / 2 - (before + time.time()) / 2
-    except (requests.RequestException, ValueError) as error:
-        return Finding("gateway clock", "skipped", f"it tells no time: {error}")
+    except requests.RequestException as error:
+        return Finding("gateway clock", "skipped", f"it did not tell the time: {error}")
+    return dated(header, (before + time.time()) / 2)
+
+
+def dated(header: str, now: float) -> Finding:
+    """Judge a Date header of this moment."""
+    try:
+        ahead_s = parsedate_to_datetime(header).timestamp() + DATE_STEP_S / 2 - now
+    except ValueError:
+        return Finding("gateway clock", "skipped", "it did not tell the time")
     return clock("gateway clock", 0.0 if abs(ahead_s) <= DATE_STEP_S else ahead_s)
