@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,6 +14,7 @@ from common.fleet import Recent
 from common.histograms import SECONDS, Bounds
 from common.schemas import Stored, Wire
 
+Window = Literal["15m", "6h", "7d"]
 WINDOWS: Mapping[str, int] = {"15m": 10, "6h": 240, "7d": 7200}  # with the seconds of a step
 SLACK = 0.5  # of a step: two samples that are no further apart than this and a step have none missing between them
 OUTCOMES = ("succeeded", "failed", "canceled", "expired")
@@ -65,6 +67,14 @@ class Point(Done):
     workers: int | None = None
     gpu_utilisation_percent: float | None = Field(default=None, description="The mean of the GPUs.")
     gpu_memory_used_mb: int | None = Field(default=None, description="Of all GPUs.")
+
+
+class History(Wire):
+    """GET /api/history: whole steps, oldest first. Counts are per step."""
+
+    window: Window
+    step_seconds: int
+    points: Sequence[Point]
 
 
 def points(samples: Sequence[Sample], step_s: float) -> list[Point]:

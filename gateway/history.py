@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 from flask import Response
 from pydantic import Field
 
 from common.broker import Broker
 from common.errors import Forbidden, RedisUnavailable
-from common.history import WINDOWS, Point
-from common.schemas import Wire
+from common.history import WINDOWS, History, Window
 from gateway import problems
 from gateway.admission import open_to
 from gateway.api import NO_STORE, Api, Query, json_answer
-
-Window = Literal["15m", "6h", "7d"]
 
 
 class HistoryQuery(Query):
     """What GET /api/history is asked for."""
 
     window: Window = Field("15m", description="In steps of 10 s, 4 min or 2 h.")
-
-
-class History(Wire):
-    """GET /api/history: whole steps, oldest first. Counts are per step."""
-
-    window: Window
-    step_seconds: int
-    points: Sequence[Point]
 
 
 def create(broker: Broker) -> Api:

@@ -22,12 +22,12 @@ from requests.auth import AuthBase
 from common.cards import Health, ModelView, QueueDepth, WorkerCard
 from common.errors import ClientError, ConfigurationError, FieldError, Unauthenticated
 from common.fleet import Fleet
+from common.history import History
 from common.inputs import FIELDS
 from common.problem import Problem
 from common.schemas import InputImage, SubmitAnswer, TaskPage, TaskStatus, TaskView
 from common.templates import TemplateView
 from zfleet import pictures
-from zfleet.trend import History
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from common.fleet import Fleet, WorkerView
+from common.history import History
 from zfleet.display import seconds
-from zfleet.trend import History
 
 COLOURS = {"healthy": "green", "degraded": "yellow", "unhealthy": "red"}
 RAMP, PLAIN_RAMP = "▁▂▃▄▅▆▇█", "_.-:=+*#"  # the second where the terminal knows no more than ASCII

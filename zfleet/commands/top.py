@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from common.fleet import Fleet
+    from common.history import History
     from zfleet.client import Client
     from zfleet.top import Frame
-    from zfleet.trend import History
 
 LONGEST_CALL_S = 3.0
 HISTORY_S = 10.0  # the history has a new step this often

@@ -12,13 +12,13 @@ from rich.console import Console
 from common.cards import GpuReading, Health
 from common.errors import ClientError
 from common.fleet import Fleet, LineDepth, Recent, Run, WorkerView
+from common.history import History, Point
 from tests.servers import free_port
 from tests.unit.zfleet.stub import Reply, StubGateway, problem
 from zfleet import cli
 from zfleet.client import Client
 from zfleet.commands.top import Watch
 from zfleet.top import Frame, shared, sparkline
-from zfleet.trend import History, Point
 
 NOW = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 LONG = "a-host-with-quite-a-long-name.example.gpu0.0123ab"
@@ -58,8 +58,10 @@ def fleet(workers: int = 2, runs: int = 1, queues: int = 2, **changes: Any) -> F
 
 
 def history(count: int = 90) -> History:
-    points = [Point(images=i, error_ratio=0.01, p50_seconds=2.0, p95_seconds=i / 10 or None) for i in range(count)]
-    return History(step_seconds=10, points=points)
+    points = [
+        Point(at=NOW, images=i, error_ratio=0.01, p50_seconds=2.0, p95_seconds=i / 10 or None) for i in range(count)
+    ]
+    return History(window="15m", step_seconds=10, points=points)
 
 
 def shown(width: int = 80, height: int = 24, *, encoding: str = "utf-8", **changes: Any) -> list[str]:
