@@ -57,7 +57,8 @@ plausible: dict[str, st.SearchStrategy[Any]] = {
     "format": st.sampled_from(["webp", "png", "jpeg", "gif"]),
     "quality": st.integers(-1, 101),
     "priority": st.sampled_from(["high", "normal", "low", "urgent"]),
-    "template": st.none() | st.text(max_size=70),
+    "template": st.none() | st.text(max_size=70) | st.sampled_from(["poster", "avatar", "wallpaper"]),
+    "values": st.dictionaries(st.sampled_from(["product", "style", "prompt", "x", ""]), st.text(max_size=20)),
     "deadline_s": st.floats(-1, 90_000),
     "reject_if_late": st.booleans(),
     "webhook": hooks | st.none(),
@@ -89,6 +90,7 @@ plain = st.fixed_dictionaries(
         "quality": st.integers(1, 100),
         "priority": st.sampled_from(["high", "normal", "low"]),
         "deadline_s": st.floats(60, 86_400) | st.integers(60, 86_400),
+        "template": st.sampled_from(["avatar", "wallpaper", "ancient-style"]),  # these have a place for the prompt
         "metadata": st.dictionaries(st.text(readable, min_size=1, max_size=64), st.text(readable), max_size=16),
     },
 )
