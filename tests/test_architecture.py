@@ -91,7 +91,8 @@ COMMON = sorted(".".join(m.with_suffix("").parts).removesuffix(".__init__") for 
         ("import worker.pico", MODEL),
         ("import zfleet.client", MODEL | WEB | {"gateway", "worker", "redis", "rq"}),
         (
-            "import zfleet.doctor.compute, zfleet.doctor.edge, zfleet.doctor.files, zfleet.doctor.store, zfleet.top",
+            "import zfleet.doctor.compute, zfleet.doctor.edge, zfleet.doctor.files, zfleet.doctor.storage, "
+            "zfleet.doctor.store, zfleet.top",
             MODEL | WEB | {"gateway", "worker", "rq"},
         ),
         ("import zfleet.stack", MODEL | WEB | {"gateway", "worker", "rq"}),

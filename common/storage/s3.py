@@ -35,7 +35,7 @@ class Storage(BaseStorage):
     """Objects below ZFLEET_S3_URL. S3 keeps one whole, or not at all, and has it at once for every reader."""
 
     def __init__(self, settings: Settings) -> None:
-        """Connect to nothing yet; raises ConfigurationError where no bucket is named."""
+        """Connect to nothing yet; raises ConfigurationError for no bucket, or AWS variables that are wrong."""
         super().__init__(settings)
         if not settings.s3_url:
             raise ConfigurationError("ZFLEET_STORAGE=s3 needs ZFLEET_S3_URL, as s3://bucket/folder")
@@ -124,9 +124,12 @@ def _client(settings: Settings, endpoint: str) -> Any:
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     # a session of its own, as the default one must not be shared between threads
-    return boto3.session.Session().client(
-        "s3", endpoint_url=endpoint or None, region_name=settings.s3_region or None, config=config
-    )
+    try:
+        return boto3.session.Session().client(
+            "s3", endpoint_url=endpoint or None, region_name=settings.s3_region or None, config=config
+        )
+    except (BotoCoreError, ValueError) as error:  # a profile that is not there, a region that can be none
+        raise ConfigurationError(f"ZFLEET_STORAGE=s3: {error}") from None
 
 
 def _kind(key: str) -> str:

@@ -22,23 +22,24 @@ COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "whi
 @options.as_json
 @options.gateway_url
 def doctor(nginx_config: Path | None, checksums: bool, as_json: bool, url: str | None) -> int:
-    """Check this machine: Python, GPUs, disk, Redis, models, gateway.
+    """Check this machine: Python, GPUs, disk or bucket, Redis, models, gateway.
 
     A line for each, with the remedy. Exit code 1 when there is a problem; a warning is none.
     """
     from common.settings import load_settings
-    from zfleet.doctor import compute, edge, files, store
+    from zfleet.doctor import compute, edge, files, storage, store
     from zfleet.doctor.report import Patient, examine
 
     patient = Patient(settings=load_settings({"url": url}), nginx_config=nginx_config, checksums=checksums)
     checks = {
         "compute": compute.check,
-        "disk": files.disk,
+        "storage": storage.check,
         "models": files.models,
         "redis": store.check,
         "gateway": edge.gateway,
         "templates": edge.templates,
         "nginx": edge.nginx,
+        "traces": edge.traces,
     }
     found = []
     for finding in examine(patient, checks):

@@ -1,4 +1,4 @@
-"""The gateway as this machine reaches it, its templates, and the configuration of Nginx before it."""
+"""The gateway as this machine reaches it, its templates, Nginx' configuration, and the collector of traces."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from urllib.parse import urljoin
 import requests
 
 from common.errors import ClientError
+from common.settings import traces_wanted
 from zfleet.client import Client
 from zfleet.doctor.report import Finding, Patient, State
 from zfleet.doctor.store import clock
@@ -74,6 +75,23 @@ def nginx(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "nginx", "problem", said[-1] if said else "nginx -t failed", "render it anew: deploy/nginx/render.py"
         )
+
+
+def traces(_patient: Patient) -> Iterator[Finding]:
+    """Look at the collector of traces, if OpenTelemetry's variables name one."""
+    if not traces_wanted():
+        yield Finding("traces", "skipped", "no OTEL_ variable asks for them")
+        return
+    try:
+        from common import spans
+    except ImportError:
+        yield Finding("traces", "problem", "OpenTelemetry is not installed", "pip install 'zfleet[tracing]'")
+        return
+    if spans.collector_answers():
+        yield Finding("traces", "ok", "the collector takes them")
+    else:
+        remedy = "see OTEL_EXPORTER_OTLP_ENDPOINT; until then they are dropped, and nobody waits"
+        yield Finding("traces", "warning", "the collector does not take them", remedy)
 
 
 def _key(client: Client) -> Finding:

@@ -1,4 +1,4 @@
-"""The disk, and the models' files: there, whole, readable, and by their checksums the ones that were meant.
+"""The results' disk, and the models' files: there, whole, readable, and by their checksums the ones that were meant.
 
 What the hub's cache holds is named after its checksum: SHA-256 for large files, git's own for small ones. A folder may
 have a SHA256SUMS, as sha256sum writes it.
@@ -32,14 +32,14 @@ class Damaged(Exception):
 
 
 def disk(patient: Patient) -> Iterator[Finding]:
-    """Look at the disk of ZFLEET_DATA_DIR."""
+    """Look at the disk of the results, which may be one of its own below ZFLEET_DATA_DIR."""
     settings = patient.settings
-    folder = settings.data_dir
+    folder = settings.results_dir
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     usage = shutil.disk_usage(folder)
     full = usage.used / ((usage.used + usage.free) or 1) * 100
-    says = f"{settings.data_dir}: {usage.free / 1e9:.1f} GB free, {full:.0f}% full"
+    says = f"{settings.results_dir}: {usage.free / 1e9:.1f} GB free, {full:.0f}% full"
     if not os.access(folder, os.W_OK | os.X_OK):
         yield Finding("disk", "problem", f"{folder} may not be written", "give it to this user, or set ZFLEET_DATA_DIR")
     elif full >= settings.disk_pause_percent:
@@ -64,6 +64,8 @@ def _model(spec: ModelSpec, source: str, revision: str | None, until: float) -> 
     check = f"model {spec.name}"
     folder = Path(source).expanduser()
     if source == "builtin":
+        if importlib.util.find_spec("worker") is None:
+            return Finding(check, "skipped", "it ships with workers, and this is an image of the gateway alone")
         from worker import pico
 
         folder = pico.FOLDER

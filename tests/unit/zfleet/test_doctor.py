@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
@@ -14,19 +15,22 @@ from typing import Any
 
 import pytest
 
+import common
 from common.broker import Broker
 from common.cards import GpuReading
 from common.errors import ConfigurationError
 from common.models import load_catalogue
 from common.redisstate import RedisFacts
 from common.settings import Settings, load_settings
+from tests.collector import Collector
 from tests.integration.guarded_redis import GuardedRedis
 from tests.integration.nginx_edge import load_render
+from tests.s3server import BUCKET, S3Server, show_credentials
 from tests.servers import RedisServer, free_port
 from tests.unit.zfleet.stub import Reply, StubGateway, problem
 from worker import pico
 from zfleet import cli
-from zfleet.doctor import compute, edge, files, store
+from zfleet.doctor import compute, edge, files, storage, store
 from zfleet.doctor.report import Finding, Patient, examine
 
 TURBO = load_catalogue()["turbo"]
@@ -148,6 +152,46 @@ def test_a_disk_that_may_not_be_written(patient: Patient, monkeypatch: pytest.Mo
     assert found.state == "problem" and "may not be written" in found.says
 
 
+def test_the_disk_is_that_of_the_results(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings.results_dir.mkdir(parents=True)
+    monkeypatch.setattr(files.os, "access", lambda path, _: path == settings.results_dir)
+    assert states(storage.check(Patient(settings=settings))) == {"disk": "ok"}, "as in a container, a volume of its own"
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with pytest.MonkeyPatch.context() as patch, S3Server(tmp_path_factory.mktemp("s3")) as server:
+        show_credentials(patch)
+        yield server
+
+
+def look_into(server: S3Server, **changes: str) -> list[Finding]:
+    told = {"storage": "s3", "s3_url": f"s3://{BUCKET}/results", "s3_endpoint": server.endpoint} | changes
+    found = list(storage.check(Patient(settings=load_settings(told))))
+    needs_a_remedy(found)
+    assert not [path for path in server.folder.rglob("*") if path.is_file()], "nothing is left behind"
+    return found
+
+
+def test_a_bucket_takes_a_picture_and_clients_fetch_it(bucket: S3Server) -> None:
+    assert states(look_into(bucket)) == {"storage": "ok", "storage link": "ok"}
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    assert states(look_into(bucket, s3_public_endpoint=nowhere)) == {"storage": "ok", "storage link": "warning"}
+
+
+def test_a_bucket_that_is_not_there_or_not_ours(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "404" in look_into(bucket, s3_url="s3://nothing")[0].says
+    assert "Could not connect" in look_into(bucket, s3_endpoint=f"http://127.0.0.1:{free_port()}")[0].says
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    assert "403" in look_into(bucket)[0].says
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    assert "credentials" in look_into(bucket)[0].says
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    (found,) = storage.check(Patient(settings=load_settings({"storage": "s3", "s3_url": f"s3://{BUCKET}"})))
+    assert (found.state, "nobody" in found.says) == ("problem", True)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A checkpoint with one sound file and its checksums."""
@@ -205,6 +249,11 @@ def test_a_damaged_model_is_a_problem(settings: Settings, checkpoint: Path, dama
     found = list(files.models(served(settings, checkpoint)))
     assert states(found) == {"model own": "problem"}
     needs_a_remedy(found)
+
+
+def test_a_gateways_image_has_no_pico(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda _: None)
+    assert states(files.models(patient)) == {"model pico": "skipped"}
 
 
 def test_a_model_that_is_not_here(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,6 +458,19 @@ def test_nginx_looks_at_what_was_rendered(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", str(tmp_path))
     assert states(edge.nginx(patient)) == {"nginx": "skipped"}
     assert states(edge.nginx(Patient(settings=settings))) == {"nginx": "skipped"}
+
+
+def test_traces_reach_their_collector(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert states(edge.traces(patient)) == {"traces": "skipped"}
+    with Collector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.environment["OTEL_EXPORTER_OTLP_ENDPOINT"])
+        assert states(edge.traces(patient)) == {"traces": "ok"}
+        assert collector.spans == []
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    assert states(edge.traces(patient)) == {"traces": "warning"}
+    monkeypatch.setitem(sys.modules, "common.spans", None)
+    monkeypatch.delattr(common, "spans")
+    assert states(edge.traces(patient)) == {"traces": "problem"}
 
 
 # All of it
