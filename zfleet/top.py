@@ -178,7 +178,7 @@ def _worker(worker: WorkerView, now: datetime) -> list[RenderableType]:
         memory or NONE,
         NONE if gpu is None or gpu.temperature_c is None else f"{gpu.temperature_c}°",
         NONE if gpu is None or gpu.power_w is None else f"{gpu.power_w:.0f}W",
-        f"{len(worker.running)}/{worker.capacity}",
+        f"{len(worker.runs)}/{worker.capacity}",
         str(worker.images_done),
         _age(worker.started_at, now),
     ]

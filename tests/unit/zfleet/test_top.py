@@ -107,6 +107,12 @@ def test_a_paused_fleet_and_an_empty_one() -> None:
     assert "p50 -" in empty
 
 
+def test_runs_are_counted_as_they_are_listed() -> None:
+    done = worker(1, runs=0).model_copy(update={"running": ["a"]})  # its card is as old as its last beat
+    text = "\n".join(shown(160, 60, fleet=fleet(workers=0).model_copy(update={"workers": [done]})))
+    assert "0/4" in text and "Nothing runs." in text
+
+
 def test_what_is_old_says_so() -> None:
     lines = shown(now=NOW + timedelta(seconds=30), trouble="no gateway answers; trying again")
     assert lines[1] == "! no gateway answers; trying again (what follows is 30 s old)"
