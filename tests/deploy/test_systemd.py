@@ -22,6 +22,7 @@ from tests.servers import RedisServer, Server, binary, eventually, free_port
 from worker import supervisor
 from worker.slot import Slot
 from zfleet.client import Client
+from zfleet.logs import Line, Search
 
 DOCS = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text("utf-8")
 EXPOSURE = {units.GATEWAY: 1.1, units.WEBHOOKS: 1.1, units.WORKER: 1.6}  # 0 is tight, 10 is open
@@ -67,9 +68,10 @@ def test_each_keeps_to_what_every_part_has_to(unit: str) -> None:
     wanted = {
         "Type": "notify", "NotifyAccess": "main", "Restart": "always", "User": "zfleet", "NoNewPrivileges": "yes",
         "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes", "CapabilityBoundingSet": "",
-        "DevicePolicy": "closed", "WatchdogSec": "60s", "PartOf": "zfleet.target",
+        "LogsDirectory": "zfleet", "DevicePolicy": "closed", "WatchdogSec": "60s", "PartOf": "zfleet.target",
     }  # fmt: skip
     assert {name: told[name] for name in wanted} == {name: [value] for name, value in wanted.items()}
+    assert "ZFLEET_LOG_DIR=%L/zfleet" in told["Environment"][0].split(), "gpu.csv, and what `zfleet logs` reads"
     assert {"RestartSec", "StartLimitIntervalSec", "StartLimitBurst", "LimitNOFILE", "SystemCallFilter"} <= told.keys()
 
 
@@ -102,14 +104,18 @@ def test_a_fleet_works_in_the_sandbox(stack: contextlib.ExitStack, redis_session
     if os.geteuid() != 0:
         pytest.fail("only root may take a file system's writability away; run this test as root, as in a container")
     redis_session.flush()
-    data, temporary = tmp_path / "data", tmp_path / "tmp"
-    data.mkdir()
-    temporary.mkdir()
+    data, temporary, logs = tmp_path / "data", tmp_path / "tmp", tmp_path / "logs"
+    for folder in (data, temporary, logs):
+        folder.mkdir()
     receiver = stack.enter_context(Receiver(tmp_path))
+
+    def story(task_id: str) -> list[Line]:
+        return Search([logs], task=task_id).gather().lines
+
     settings = load_settings(
         {
-            "redis_url": redis_session.url, "data_dir": data, "models": ("simulated",), "devices": "cpu",
-            "port": free_port(), "webhook_allow": (receiver.netloc,),
+            "redis_url": redis_session.url, "data_dir": data, "log_dir": logs, "models": ("simulated",),
+            "devices": "cpu", "port": free_port(), "webhook_allow": (receiver.netloc,),
         }
     )  # fmt: skip
     parts = {units.GATEWAY: "gateway", units.WEBHOOKS: "webhooks", units.WORKER: "worker"}
@@ -120,7 +126,7 @@ def test_a_fleet_works_in_the_sandbox(stack: contextlib.ExitStack, redis_session
         env = child_environment(
             settings, TMPDIR=str(temporary), SSL_CERT_FILE=str(receiver.certificate), **managers[-1].environment(30.0)
         )
-        command = units.sandboxed(unit, [sys.executable, "-m", "zfleet", part], data, temporary)
+        command = units.sandboxed(unit, [sys.executable, "-m", "zfleet", part], data, temporary, logs)
         stack.enter_context(Server(command, env=env, log=data / f"{part}.log"))
     for manager in managers:
         manager.await_line("READY=1")
@@ -129,6 +135,7 @@ def test_a_fleet_works_in_the_sandbox(stack: contextlib.ExitStack, redis_session
         assert view.status == "succeeded", view.error
         assert [len(picture) > 100 for picture in client.images(view)] == [True]
     eventually(lambda: [heard.told["type"] for heard in receiver.heard][-1:] == ["task.ended"])
+    eventually(lambda: {"gateway", "worker", "webhooks"} <= {line.role for line in story(view.task_id)})
 
 
 def test_the_environment_file_has_settings_and_no_password() -> None:
