@@ -43,6 +43,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def gigabytes(limit: str) -> int:
+    """Return a limit such as 4g in bytes."""
+    return int(limit.removesuffix("g")) << 30
+
+
 def prepare(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(FOLDER / "prepare.py"), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=True)
@@ -197,6 +202,10 @@ def test_redis_takes_its_command_and_its_users(prepared: Path, composed: Any, tm
             url = composed[part]["environment"]["ZFLEET_REDIS_URL"].replace("redis:6379", f"127.0.0.1:{port}")
             with redis.Redis.from_url(url) as client:
                 assert client.ping()
+        user = composed["operator"]["environment"]["ZFLEET_REDIS_URL"].replace("redis:6379", f"127.0.0.1:{port}")
+        with redis.Redis.from_url(user) as client:
+            limit = client.info("memory")["maxmemory"]
+        assert 0 < limit <= gigabytes(composed["redis"]["mem_limit"]) / 2, "it would be killed before it says no"
         with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
             stranger.ping()
 
