@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -26,7 +25,6 @@ from common.records import (
     task_summary,
     worker_card,
 )
-from common.redisstate import RedisState, redis_state
 from common.schemas import TaskRecord, TaskStatus, TaskSummary
 
 LIMITS_TTL_S = 2.0  # how long it is taken as known what the workers can do
@@ -192,21 +190,6 @@ class FleetView(Link):
         """Return what the live workers can do with this model, as of the last two seconds."""
         self._look()
         return self._limits.get(model, Limits())
-
-    def probe(self) -> None:
-        """Write to Redis and read it back, or raise RedisUnavailable."""
-        self._patiently(lambda: self._redis.set(keys.PROBE, secrets.token_hex(4), ex=keys.PROBE_TTL_S))
-
-    def redis_state(self) -> RedisState:
-        """Return how well Redis keeps what it is told."""
-
-        def read() -> RedisState:
-            pipeline = self._redis.pipeline(transaction=False)
-            pipeline.info("persistence")
-            pipeline.info("replication")
-            return redis_state(*pipeline.execute())
-
-        return self._patiently(read)
 
     def events(self, stop: Callable[[], bool], *, ends_only: bool = False) -> Iterator[Event | None]:
         """Yield what happens to any task, until `stop`; None once a (re-)subscription stands, as things may be missed.

@@ -1,4 +1,4 @@
-"""What Redis' INFO tells of whether it keeps what it is told: its append-only file, and its replicas."""
+"""What Redis tells of itself: whether its file and its replicas keep what it is told, and how it is set up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Redis says of itself, for whoever checks that it is set up as a fleet needs it."""
+"""What Redis says of itself: whether it takes writes, keeps what it is told, and is set up as a fleet needs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from common import keys
 from common.connection import allowed
 from common.link import Link
-from common.redisstate import RedisFacts
+from common.redisstate import RedisFacts, RedisState, redis_state
 
 
 class ServerFacts(Link):
@@ -19,13 +19,27 @@ class ServerFacts(Link):
         """Return how Redis is set up."""
         return self._patiently(self._facts)
 
+    def redis_state(self) -> RedisState:
+        """Return how well Redis keeps what it is told."""
+
+        def read() -> RedisState:
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.info("persistence")
+            pipeline.info("replication")
+            return redis_state(*pipeline.execute())
+
+        return self._patiently(read)
+
+    def probe(self) -> None:
+        """Write to Redis, which raises RedisUnavailable where it takes no writes."""
+        self._patiently(self._write)
+
     def takes_writes(self) -> bool:
-        """Write to Redis; False where this user has no key for that. Raises RedisUnavailable if it takes none."""
+        """Do the same, and return False where this user has no key for that."""
+        return self._patiently(lambda: allowed(self._write) is not None)
 
-        def write() -> object:
-            return self._redis.set(keys.PROBE, secrets.token_hex(4), ex=keys.PROBE_TTL_S)
-
-        return self._patiently(lambda: allowed(write) is not None)
+    def _write(self) -> object:
+        return self._redis.set(keys.PROBE, secrets.token_hex(4), ex=keys.PROBE_TTL_S)
 
     def _facts(self) -> RedisFacts:
         before = time.time()
