@@ -23,8 +23,8 @@ TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")  # a part of queue names
 RATE = re.compile(r"[1-9][0-9]{0,5}/[smhd]")  # submits a second, minute, hour, day
 KEY_ID = re.compile(r"[0-9a-f]{12}")
 
-Tenant = Annotated[str, StringConstraints(pattern=rf"\A{TENANT.pattern}\z")]
-Rate = Annotated[str, StringConstraints(pattern=rf"\A{RATE.pattern}\z")]
+Tenant = Annotated[str, StringConstraints(pattern=f"^{TENANT.pattern}$")]
+Rate = Annotated[str, StringConstraints(pattern=f"^{RATE.pattern}$")]
 
 KeyState = Literal["active", "retiring", "revoked", "expired"]
 

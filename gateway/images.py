@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from common.errors import (
     Forbidden,
+    InvalidRequest,
     RedisUnavailable,
     StorageError,
     TaskExpired,
@@ -109,7 +110,14 @@ def create(tasks: Tasks, images: Images, links: Links, doorkeeper: Doorkeeper) -
         "302": {"description": "A link into the storage, good for five minutes."},
         "304": {"description": "The picture that the client has already."},
         **problems.documented(
-            Unauthenticated, Forbidden, UnknownTask, UnknownImage, TaskExpired, StorageError, RedisUnavailable
+            InvalidRequest,
+            Unauthenticated,
+            Forbidden,
+            UnknownTask,
+            UnknownImage,
+            TaskExpired,
+            StorageError,
+            RedisUnavailable,
         ),
     }
 

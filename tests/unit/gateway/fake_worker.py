@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,8 @@ from common.records import Claimed, Hold
 from common.schemas import ImageRef, TaskError
 from common.storage.base import BaseStorage
 
-PICTURE = b"RIFF....WEBPVP8 not really a picture"
+# A red WebP of 8 x 8 pixels
+PICTURE = base64.b64decode("UklGRjYAAABXRUJQVlA4ICoAAACQAQCdASoIAAgAAsBMJaACdLoAA5gA/u2QP4hd7G2//PTP62/j/xkAAAA=")
 
 
 class FakeWorker:
