@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from common import history, keys
 from common.fleet import RECENT_S, Recent
-from common.history import WINDOWS, Point, Sample
+from common.history import STEPS, WINDOWS, Point, Sample
 from common.link import Link
 from common.storage.base import Disk
 
-SAMPLES = 91  # that are kept of each window: 90 steps
+SAMPLES = STEPS + 1  # that are kept of each window
 RECENT = "15m"
 RECENT_TTL_S = 2.0  # how long it is taken as known what was done of late
 
@@ -40,12 +40,12 @@ class Figures(Link):
 
     def history(self, window: str) -> list[Point]:
         """Return the steps of one of WINDOWS, oldest first."""
-        return history.points(self._samples(window), WINDOWS[window])
+        return history.points(self._samples(window), WINDOWS[window], self._now_ms())
 
     def recent(self) -> Recent:
         """Return what was done in the last quarter of an hour, as of the last seconds."""
         if time.monotonic() >= self._recent_until:
-            self._recent = history.recent(self._samples(RECENT), RECENT_S, WINDOWS[RECENT])
+            self._recent = history.recent(self._samples(RECENT), RECENT_S, WINDOWS[RECENT], self._now_ms())
             self._recent_until = time.monotonic() + RECENT_TTL_S
         return self._recent
 
@@ -55,17 +55,14 @@ class Figures(Link):
 
     def disks(self) -> dict[str, Disk]:
         """Return the disks that results are kept on, by host."""
-
-        def read() -> dict[str, Disk]:
-            seconds, _ = self._redis.time()
-            told = {host: text.split(" ") for host, text in self._redis.hgetall(keys.DISKS).items()}
-            return {
-                host: Disk(int(free), int(size))
-                for host, (free, size, at) in told.items()
-                if seconds * 1000 - int(at) < keys.DISK_TTL_S * 1000
-            }
-
-        return self._patiently(read)
+        now_ms = self._now_ms()
+        found: dict[str, str] = self._patiently(lambda: self._redis.hgetall(keys.DISKS))
+        told = {host: text.split(" ") for host, text in found.items()}
+        return {
+            host: Disk(int(free), int(size))
+            for host, (free, size, at) in told.items()
+            if now_ms - int(at) < keys.DISK_TTL_S * 1000
+        }
 
     def memory_bytes(self) -> int:
         """Return the memory that Redis uses for data."""
@@ -74,3 +71,8 @@ class Figures(Link):
     def _samples(self, window: str) -> list[Sample]:
         texts: list[str] = self._patiently(lambda: self._redis.lrange(keys.HISTORY + window, 0, -1))
         return [Sample.model_validate_json(text) for text in texts]
+
+    def _now_ms(self) -> int:
+        """Return the milliseconds since 1970 by Redis' clock, which all that is kept there is dated by."""
+        seconds, micros = self._patiently(self._redis.time)
+        return int(seconds) * 1000 + int(micros) // 1000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -16,6 +16,7 @@ from common.schemas import Stored, Wire
 
 Window = Literal["15m", "6h", "7d"]
 WINDOWS: Mapping[str, int] = {"15m": 10, "6h": 240, "7d": 7200}  # with the seconds of a step
+STEPS = 90  # of a window, at most
 SLACK = 0.5  # of a step: two samples that are no further apart than this and a step have none missing between them
 OUTCOMES = ("succeeded", "failed", "canceled", "expired")
 TOOK = "took|"
@@ -77,32 +78,38 @@ class History(Wire):
     points: Sequence[Point]
 
 
-def points(samples: Sequence[Sample], step_s: float) -> list[Point]:
-    """Return the steps between these samples, oldest first.
+def points(samples: Sequence[Sample], step_s: float, now_ms: int) -> list[Point]:
+    """Return the last steps between these samples and up to now, oldest first.
 
     Where samples are missing there are points of nulls, and the step after them has no counts, as nobody knows how much
     of them belongs into it.
     """
-    found: list[Point] = []
+    found: deque[Point] = deque(maxlen=STEPS)
     for before, after in pairwise(samples):
-        missing = _missing(before, after, step_s)
-        found += [Point(at=_when(after.at - (missing - nth) * step_s * 1000)) for nth in range(missing)]
+        missing = _missing(before.at, after.at, step_s)
+        found += _nothing(after.at, missing, step_s)
         made = Done() if missing else done(difference(before.counts, after.counts))
         found.append(_point(after, made))
-    return found
+    if samples:
+        missing = _missing(samples[-1].at, now_ms, step_s)
+        found += _nothing(round(samples[-1].at + (missing + 1) * step_s * 1000), missing, step_s)
+    return list(found)
 
 
-def recent(samples: Sequence[Sample], window_s: float, step_s: float) -> Recent:
-    """Return what was done within `window_s` before the newest sample, back to where samples are missing."""
+def recent(samples: Sequence[Sample], window_s: float, step_s: float, now_ms: int) -> Recent:
+    """Return what was done within `window_s` before the newest sample, back to where samples are missing.
+
+    Nothing is known of late where more than one is missing since.
+    """
     total: Counter[str] = Counter()
     seconds = 0.0
     for before, after in reversed(list(pairwise(samples))):
         seconds_more = (samples[-1].at - before.at) / 1000
-        if _missing(before, after, step_s) or seconds_more > window_s + SLACK * step_s:
+        if _missing(before.at, after.at, step_s) or seconds_more > window_s + SLACK * step_s:
             break
         total += difference(before.counts, after.counts)
         seconds = seconds_more
-    if not seconds:
+    if not seconds or _missing(samples[-1].at, now_ms, step_s) > 1:
         return Recent()
     made = done(total)
     return Recent(
@@ -136,9 +143,14 @@ def done(counts: Mapping[str, int]) -> Done:
     )
 
 
-def _missing(before: Sample, after: Sample, step_s: float) -> int:
-    """Return how many samples there should have been between these two."""
-    return max(0, int((after.at - before.at) / 1000 / step_s - SLACK))
+def _missing(before_ms: int, after_ms: int, step_s: float) -> int:
+    """Return how many samples there should have been between these moments."""
+    return max(0, int((after_ms - before_ms) / 1000 / step_s - SLACK))
+
+
+def _nothing(before_ms: int, missing: int, step_s: float) -> list[Point]:
+    """Return the last of so many steps before a moment of which nothing is known."""
+    return [Point(at=_when(before_ms - nth * step_s * 1000)) for nth in range(min(missing, STEPS), 0, -1)]
 
 
 def _point(sample: Sample, made: Done) -> Point:

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import history
+from common.fleet import Recent
 from common.histograms import BATCH_SIZES, CALL_SECONDS, SECONDS, STAGE_SECONDS, Bounds
-from common.history import DURATIONS, OUTCOMES, Sample, difference, points, recent
+from common.history import DURATIONS, OUTCOMES, STEPS, Point, Sample, difference
 
 STEP_S = 10
 COUNTERS = ("submitted", "images", "tasks|succeeded", "tasks|failed", "tasks|canceled", "tasks|expired", "took|0.5")
@@ -28,9 +30,18 @@ def grown(steps: list[dict[str, int]], every_s: float = STEP_S) -> list[Sample]:
     return [sample(1_000_000 + nth * every_s, dict(total)) for nth, total in enumerate(totals)]
 
 
+def points(samples: list[Sample], later_s: float = 0.0) -> list[Point]:
+    """The steps as they are told so many seconds after the newest sample."""
+    return history.points(samples, STEP_S, samples[-1].at + round(later_s * 1000))
+
+
+def recent(samples: list[Sample], later_s: float = 0.0) -> Recent:
+    return history.recent(samples, 900, STEP_S, (samples[-1].at if samples else 0) + round(later_s * 1000))
+
+
 @given(GROWTH)
 def test_a_step_has_what_was_counted_in_it(steps: list[dict[str, int]]) -> None:
-    found = points(grown(steps), STEP_S)
+    found = points(grown(steps))
     assert len(found) == len(steps)
     for point, step in zip(found, steps, strict=True):
         assert (point.submitted, point.images) == (step.get("submitted", 0), step.get("images", 0))
@@ -46,9 +57,9 @@ def test_a_step_has_what_was_counted_in_it(steps: list[dict[str, int]]) -> None:
 def test_counters_that_were_lost_begin_anew_and_nothing_is_below_zero(steps: list[dict[str, int]], lost: int) -> None:
     before, after = grown(steps[:lost]), grown(steps[lost:])
     later = [each.model_copy(update={"at": each.at + (len(before) * STEP_S) * 1000}) for each in after]
-    for point in points([*before, *later], STEP_S):
+    for point in points([*before, *later]):
         assert min(point.submitted or 0, point.succeeded or 0, point.images or 0) >= 0
-    assert sum(point.images or 0 for point in points(later, STEP_S)) == sum(s.get("images", 0) for s in steps[lost:])
+    assert sum(point.images or 0 for point in points(later)) == sum(s.get("images", 0) for s in steps[lost:])
 
 
 def test_what_grew_since_the_loss_is_counted_whole() -> None:
@@ -59,7 +70,7 @@ def test_what_grew_since_the_loss_is_counted_whole() -> None:
 @given(st.integers(1, 50))
 def test_steps_that_nobody_sampled_are_nulls(missing: int) -> None:
     first, second = sample(100_000, {"images": 1}), sample(100_000 + (missing + 1) * STEP_S, {"images": 9}, queued=4)
-    found = points([first, second], STEP_S)
+    found = points([first, second])
     assert len(found) == missing + 1
     assert {(point.images, point.queued) for point in found[:-1]} == {(None, None)}
     assert (found[-1].images, found[-1].queued) == (None, 4), "how much of it was in this step nobody knows"
@@ -67,23 +78,43 @@ def test_steps_that_nobody_sampled_are_nulls(missing: int) -> None:
     assert stamps == [pytest.approx(100_000 + nth * STEP_S) for nth in range(1, missing + 2)]
 
 
+@given(GROWTH, st.integers(1, 80))
+def test_what_nobody_has_sampled_since_is_nulls_and_nothing_is_known_of_late(
+    steps: list[dict[str, int]], missing: int
+) -> None:
+    samples = grown(steps)
+    found = points(samples, missing * STEP_S + 7)
+    whole = len(steps) + missing
+    assert len(found) == min(whole, STEPS)
+    assert {(point.images, point.workers) for point in found[-missing:]} == {(None, None)}
+    assert found[-1].at.timestamp() == pytest.approx(samples[-1].at / 1000 + missing * STEP_S)
+    assert missing == 1 or recent(samples, missing * STEP_S + 7) == Recent()
+
+
+@pytest.mark.parametrize("away_s", [86_400, 365 * 86_400])
+def test_after_a_long_time_without_samples_there_are_no_more_points_than_ever(away_s: int) -> None:
+    first, last = sample(1_000, {"images": 1}), sample(1_000 + away_s, {"images": 2})
+    assert len(points([first, last])) == STEPS and points([first, last])[-1].workers == 1
+    assert len(points([first], away_s)) == STEPS
+
+
 @given(GROWTH, st.floats(-3.0, 3.0))
 def test_samples_that_come_a_little_late_or_early_are_no_gap(steps: list[dict[str, int]], late_s: float) -> None:
     samples = grown(steps)
     moved = [each.model_copy(update={"at": each.at + round(1000 * late_s * (n % 2))}) for n, each in enumerate(samples)]
-    assert len(points(moved, STEP_S)) == len(steps)
+    assert len(points(moved)) == len(steps)
 
 
 def test_recent_is_what_was_done_back_to_a_gap_and_no_further_than_its_window() -> None:
     steps = [{"tasks|succeeded": 6, "images": 12, "took|0.5": 6}] * 120
-    whole = recent(grown(steps), 900, STEP_S)
+    whole = recent(grown(steps))
     assert (whole.window_seconds, whole.tasks_per_minute, whole.images_per_minute) == (900, 36.0, 72.0)
     assert whole.p50_seconds == pytest.approx(0.4) and whole.error_ratio == 0
     samples = grown(steps)
     later = [each.model_copy(update={"at": each.at + 3_600_000}) for each in samples[60:]]
-    assert recent([*samples[:60], *later], 900, STEP_S).window_seconds == 600
+    assert recent([*samples[:60], *later]).window_seconds == 600
     for few in ([], samples[:1]):
-        nothing = recent(few, 900, STEP_S)
+        nothing = recent(few)
         assert (nothing.tasks_per_minute, nothing.p95_seconds) == (None, None)
 
 

@@ -23,7 +23,7 @@ def test_a_chart_has_a_point_for_each_step(client: FlaskClient, worker: FakeWork
     assert (answer["window"], answer["step_seconds"]) == ("15m", 10)
     (point,) = answer["points"]
     assert point.pop("at").endswith("Z") and point.pop("oldest_age_seconds") >= 0
-    assert 0 < point.pop("p50_seconds") <= point.pop("p95_seconds") <= 0.1
+    assert 0 < point.pop("p50_seconds") <= point.pop("p95_seconds") < 30
     assert point == {
         "submitted": 2, "succeeded": 1, "failed": 0, "canceled": 0, "expired": 0, "images": 2, "error_ratio": 0.0,
         "queued": 1, "running": 0, "workers": 1, "gpu_utilisation_percent": None, "gpu_memory_used_mb": 1000,
