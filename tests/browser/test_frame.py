@@ -48,6 +48,23 @@ def test_pages_have_no_colours_but_the_tokens() -> None:
     assert [path.name for path in sheets if re.search(r"#[0-9a-f]{3,8}\b|rgb|hsl", path.read_text())] == []
 
 
+def styled(sheet: Path) -> set[str]:
+    """The classes that begin a selector of a sheet, whatever element and page they are on."""
+    selectors = re.sub(r"/\*.*?\*/|{[^{}]*}", "{}", sheet.read_text(), flags=re.DOTALL)
+    return set(re.findall(r"(?:^|[{},])\s*\.([a-z][a-z-]*)", selectors))
+
+
+def test_what_one_pages_sheet_styles_no_other_does() -> None:
+    assert styled(WEB / "css" / "fleet.css") & styled(WEB / "css" / "tasks.css") == set()
+
+
+def test_every_class_that_is_styled_is_used() -> None:
+    scripts = "".join(path.read_text() for path in [*WEB.rglob("*.js"), WEB / "index.html"])
+    parts = set(re.findall(r"[a-z]+-(?=\$)|[a-z][a-z-]*[a-z]", scripts))  # `bar-${kind}` is as good as all of bar-
+    sheets = {name for sheet in WEB.rglob("*.css") for name in styled(sheet)}
+    assert {name for name in sheets if name not in parts and name.partition("-")[0] + "-" not in parts} == set()
+
+
 def test_a_theme_is_chosen_and_kept(visit: Callable[..., Visit], fleet: Fleet) -> None:
     seen = visit(color_scheme="light")
     seen.open(fleet.tenant)

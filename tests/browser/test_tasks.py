@@ -35,6 +35,8 @@ def test_tasks_are_listed_newest_first_and_narrowed(visit: VisitFn, fleet: Fleet
     seen.open(fleet.admin, f"#/tasks?tenant={tenant}")
     page = seen.page
     expect(page.get_by_role("listitem")).to_have_count(3)
+    facts = page.get_by_role("listitem").last.locator(".facts").bounding_box()
+    assert facts is not None and facts["height"] < 45, "what a task is stands in a line, or on a phone in two"
     assert prompts(page) == ["third", "second [oom]", "first, 红色圆形"]
     expect(page.locator(".task img:visible")).to_have_count(2)
     expect(page.get_by_role("listitem").last).to_contain_text(f"simulated · 2 of 2 pictures · {tenant}")

@@ -7,7 +7,7 @@ const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);
 const rate = (value) => number(value, value >= 10 ? 0 : 1);
 
 /** The oldest age among queues; null where nothing waits. */
-export function oldest(queues) {
+function oldest(queues) {
   const ages = queues.map((queue) => queue.oldest_age_seconds).filter((age) => age !== null);
   return ages.length ? Math.max(...ages) : null;
 }

@@ -6,7 +6,7 @@ import { h } from "../dom.js";
 const AHEAD = "300px"; // of the window, from which on a thumbnail is fetched
 
 /** A path of an answer, relative to this page. */
-export const local = (path) => path.replace(/^\//, "");
+const local = (path) => path.replace(/^\//, "");
 
 /** Return `thumbnail(url, alt)`, an element that fetches its picture once it comes into view; null for no picture. */
 export function thumbnails(signal) {

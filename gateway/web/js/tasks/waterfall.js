@@ -9,7 +9,7 @@ const CLOSE_MS = 1; // what ends an attempt and what ends its task are the same 
 
 /** Return the stretches of a task as {name, kind, from, ms}, `from` in ms since its submit.
  *  The stages are those of its last attempt, which does one after the other; what it waited in between for others is at the end. */
-export function stretches(task, now = Date.now()) {
+function stretches(task, now = Date.now()) {
   const begin = Date.parse(task.created_at);
   const end = task.finished_at ? Date.parse(task.finished_at) : now;
   const found = [];
