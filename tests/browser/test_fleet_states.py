@@ -113,6 +113,8 @@ def test_charts_are_read_by_pointer_keys_and_table(staged: Staged, size: str) ->
         "Time to image, the last 15 minutes: p50: last 2.0 s, lowest 2.0 s, highest 2.0 s; "
         "p95: last 6.0 s, lowest 6.0 s, highest 6.0 s. Arrow keys read single points."
     )
+    throughput = page.get_by_role("figure").filter(has_text="Throughput").get_by_role("img")
+    expect(throughput).to_have_accessible_name(re.compile("tasks: last 48/min, .* images: last 54/min"))
     assert plot.locator("path.line").count() == 4, "two lines, both broken where nothing is known"
     assert {"0 s", "6 s"} <= set(plot.locator("text").all_text_contents())
     box = plot.bounding_box()

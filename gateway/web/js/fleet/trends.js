@@ -16,10 +16,12 @@ const SOONEST_S = 2;
 const LATEST_S = 60;
 const SAMPLED_S = 1.5; // after its end a step is known
 
-const perMinute = (name) => (point, history) => (point[name] === null ? null : (point[name] * 60) / history.step_seconds);
+const ENDED = ["succeeded", "failed", "canceled", "expired"]; // as the tile counts them
+const perMinute = (...names) => (point, { step_seconds: step }) =>
+  names.some((name) => point[name] === null) ? null : names.reduce((total, name) => total + point[name], 0) * (60 / step);
 const line = (name, of) => ({ name, of: of ?? ((point) => point[name]) });
 const CHARTS = [
-  { title: "Throughput", scale: rates, series: [line("tasks", perMinute("succeeded")), line("images", perMinute("images"))] },
+  { title: "Throughput", scale: rates, series: [line("tasks", perMinute(...ENDED)), line("images", perMinute("images"))] },
   { title: "Time to image", scale: times, series: [line("p50", (point) => point.p50_seconds), line("p95", (point) => point.p95_seconds)] },
   { title: "Error rate", scale: ratios(false), series: [line("error_ratio")] },
   { title: "Workers", scale: counts, series: [line("workers")] },
