@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import requests
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
+from common.cards import WorkerCard
 from common.schemas import TaskStatus
 from tests.browser.conftest import Fleet, Visit
-from tests.browser.test_fleet_page import submit
+from tests.browser.test_fleet_page import card_of, submit
 from tests.fleet import await_final, ready_workers, record
 from tests.servers import GatewayServer, WorkerServer, eventually
 from tests.tenants import bearer
@@ -42,30 +43,27 @@ def test_the_dashboard_of_a_fleet_at_work(visit: Callable[..., Visit], fleet: Fl
     seen.open(fleet.admin, "#/fleet")
     ids = [*submit(fleet, 20, steps=20), *submit(fleet, 2, model="pico", steps=8)]
     page = seen.page
+    drawn = _drawn(page)
     _cards_say_what_others_say(page, fleet, gateway)
     _cancel_and_retry(page, fleet, gateway, submit(fleet, 1, model="slow", steps=40)[0])
     ids += submit(fleet, 20)
     _pause(page, seen, fleet, ids)
+    _paused_cards_say_what_others_say(page, seen, fleet, gateway)
+    _go_on(page, seen)
     seen.go("Fleet")
-    _charts_move(page)
+    _charts_move(page, drawn)
     await_final(fleet.broker, ids)
 
 
 def _cards_say_what_others_say(page: Page, fleet: Fleet, url: str) -> None:
     """RQ's command line and GET /api/workers."""
     expect(page.get_by_role("region", name="Workers").get_by_role("link").first).to_be_visible()  # of a run
-    command = [sys.executable, "-m", "rq.cli", "info", "--raw", "--only-workers", "--serializer", "json", "--url"]
-    told = subprocess.run(
-        [*command, fleet.settings.redis_url], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    by_rq = {line.split()[1] for line in told.splitlines() if line.startswith("worker")}
-    cards = requests.get(f"{url}/api/workers", headers=bearer(fleet.admin), timeout=10).json()["workers"]
-    headings = page.get_by_role("region", name="Workers").get_by_role("heading", level=3)
-    expect(headings).to_have_count(4)
-    assert set(headings.all_inner_texts()) == by_rq == {card["name"] for card in cards}
+    by_rq, cards = _told_by_rq(fleet), _told_by_api(fleet, url)
+    headings = _headings(page)
+    assert set(headings.all_inner_texts()) == by_rq.keys() == {card.name for card in cards}
     for card in cards:
-        shown = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name=card["name"]))
-        expect(shown.get_by_role("list", name="Models")).to_have_text("".join(card["models"]))
+        shown = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name=card.name))
+        expect(shown.get_by_role("list", name="Models")).to_have_text("".join(card.models))
 
 
 def _cancel_and_retry(page: Page, fleet: Fleet, url: str, task_id: str) -> None:
@@ -88,11 +86,62 @@ def _pause(page: Page, seen: Visit, fleet: Fleet, ids: list[str]) -> None:
     time.sleep(0.7)
     assert [queue.queued for queue in fleet.broker.queues()] == [queue.queued for queue in waiting]
     assert any(record(fleet.broker, task_id).status is TaskStatus.QUEUED for task_id in ids)
+
+
+def _paused_cards_say_what_others_say(page: Page, seen: Visit, fleet: Fleet, url: str) -> None:
+    """Nothing begins, so that what each of them says at its own moment can be compared."""
+    seen.go("Fleet")
+    _headings(page)
+
+    def others() -> dict[str, list[str]]:
+        by_rq, cards = _told_by_rq(fleet), _told_by_api(fleet, url)
+        return {card.name: [by_rq[card.name], f"{card.images_done:,}", f"0 of {card.capacity}"] for card in cards}
+
+    def cards() -> dict[str, list[str]]:
+        shown = {card.name: card_of(page, card) for card in fleet.broker.workers()}
+        return {name: [state, images, runs] for name, (state, images, _, runs) in shown.items()}
+
+    eventually(lambda: cards() == others(), within_s=20.0)
+
+
+def _go_on(page: Page, seen: Visit) -> None:
+    seen.go("Operate")
     page.get_by_role("button", name="Resume the fleet").click()
     page.get_by_role("button", name="Pause the fleet").wait_for()
 
 
-def _charts_move(page: Page) -> None:
+def _headings(page: Page) -> Locator:
+    """The names on the cards, once all four are there."""
+    headings = page.get_by_role("region", name="Workers").get_by_role("heading", level=3)
+    expect(headings).to_have_count(4)
+    return headings
+
+
+def _told_by_rq(fleet: Fleet) -> dict[str, str]:
+    """The workers' states, as `rq info` prints them."""
+    command = [sys.executable, "-m", "rq.cli", "info", "--raw", "--only-workers", "--serializer", "json", "--url"]
+    told = subprocess.run(
+        [*command, fleet.settings.redis_url], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    return dict(re.findall(r"^worker (\S+) \(.*?\) (\w+) ", told, re.MULTILINE))
+
+
+def _told_by_api(fleet: Fleet, url: str) -> list[WorkerCard]:
+    """The workers as GET /api/workers has them."""
+    answer = requests.get(f"{url}/api/workers", headers=bearer(fleet.admin), timeout=10).json()
+    return [WorkerCard.model_validate(card) for card in answer["workers"]]
+
+
+def _charts_move(page: Page, before: str) -> None:
     """A step of the history is ten seconds long."""
-    plot = page.get_by_role("figure").filter(has_text="Throughput").get_by_role("img")
-    expect(plot).to_have_accessible_name(re.compile(r"tasks: last .*, highest [1-9]"), timeout=25_000)
+    expect(_throughput(page)).to_have_accessible_name(re.compile(r"tasks: last .*, highest [1-9]"), timeout=25_000)
+    eventually(lambda: _drawn(page) != before, within_s=25.0)
+
+
+def _drawn(page: Page) -> str:
+    """What the chart of throughput shows."""
+    return _throughput(page).inner_html()
+
+
+def _throughput(page: Page) -> Locator:
+    return page.get_by_role("figure").filter(has_text="Throughput").get_by_role("img")
