@@ -24,7 +24,6 @@ from gateway.described import EVENT
 LOOK_EVERY_S = 1.0
 MOST_OF_A_CORE = 0.03  # that looking takes: a fleet of very many queues is looked at less often
 SILENCE_S = 15.0  # a viewer hears something at least this often
-CHECK_EVERY_S = 10.0  # whether the viewer's key still is one
 RETRY_MS = 2000  # after which a viewer should come back
 
 log = telemetry.get_logger()
@@ -186,12 +185,9 @@ def create(overview: Overview, watch: Watch, doorkeeper: Doorkeeper) -> Api:
 
 def _while_good(events: Iterator[bytes], is_good: Callable[[], bool]) -> Iterator[bytes]:
     yield f"retry: {RETRY_MS}\n\n".encode()
-    check_at = time.monotonic() + CHECK_EVERY_S
     for event in events:
-        if time.monotonic() >= check_at:
-            if not is_good():
-                return
-            check_at = time.monotonic() + CHECK_EVERY_S
+        if not is_good():
+            return
         yield event
 
 
