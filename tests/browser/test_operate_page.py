@@ -74,8 +74,9 @@ def test_pausing_stops_claims_within_two_seconds(operate: Callable[..., Page], f
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_a_worker_is_drained_and_works_again(operate: Callable[..., Page], fleet: Fleet) -> None:
-    page = operate()
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_worker_is_drained_and_works_again(operate: Callable[..., Page], fleet: Fleet, size: str) -> None:
+    page = operate(size)
     part = section(page, "Workers")
     name, other = (card.name for card in ready_workers(fleet.broker, 2)[:2])
     part.get_by_role("button", name=f"Drain {name}").click()
@@ -88,8 +89,9 @@ def test_a_worker_is_drained_and_works_again(operate: Callable[..., Page], fleet
     expect(part.get_by_role("button", name=f"Drain {name}")).to_be_visible()
 
 
-def test_a_worker_is_started_anew(operate: Callable[..., Page], fleet: Fleet) -> None:
-    page = operate()
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_worker_is_started_anew(operate: Callable[..., Page], fleet: Fleet, size: str) -> None:
+    page = operate(size)
     part = section(page, "Workers")
     card = ready_workers(fleet.broker, 2)[0]
     part.get_by_role("button", name=f"Restart {card.name}").click()

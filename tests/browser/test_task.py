@@ -69,10 +69,11 @@ def test_a_running_task_shows_steps_and_previews_and_is_canceled(
     assert client.status(task_id).status == "canceled"
 
 
-def test_a_failed_task_says_why_and_is_tried_again(visit: VisitFn, fleet: Fleet, client: Client) -> None:
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_failed_task_says_why_and_is_tried_again(visit: VisitFn, fleet: Fleet, client: Client, size: str) -> None:
     task_id = client.submit("too much [oom]", model="slow").task_id
     client.wait(task_id)
-    seen = visit()
+    seen = visit(size)
     seen.open(fleet.tenant, f"#/tasks/{task_id}")
     page = seen.page
     expect(page.get_by_role("heading", name="out_of_memory")).to_be_visible()
