@@ -47,7 +47,7 @@ enabled = false
 enabled = false
 
 [warnings]
-fail-on = ["missing_auth", "missing_deserializer", "unused_openapi_auth", "unsupported_regex", "method_not_allowed"]
+fail-on = ["missing_deserializer", "unused_openapi_auth", "unsupported_regex", "method_not_allowed"]
 """
 
 
