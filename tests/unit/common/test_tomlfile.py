@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConfigurationError
-from common.tomlfile import TomlFile
+from common.tomlfile import MAX_BYTES, TomlFile
 
 TEXT = '''# a comment
 a = 1
@@ -96,8 +98,30 @@ def test_what_is_no_toml_is_told_with_its_line(write: Write, text: str | bytes, 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="none: No such file"):
         TomlFile.read(tmp_path / "none")
-    with pytest.raises(ConfigurationError, match="Is a directory"):
+    with pytest.raises(ConfigurationError, match="no ordinary file"):
         TomlFile.read(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigurationError, match="no ordinary file"):
+        TomlFile.read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("a = " + "9" * 5000, "digits"), ("a = " + "[" * 5000, "recursion"), ("#" * (MAX_BYTES + 1), f"than {MAX_BYTES}")],
+    ids=["number", "nested", "large"],
+)
+def test_what_is_too_much_is_told(write: Write, text: str, why: str) -> None:
+    path = write(text)
+    with pytest.raises(ConfigurationError, match=why) as caught:
+        TomlFile.read(path)
+    assert caught.value.message.startswith(f"{path}: ")
+
+
+def test_a_line_is_found_in_a_long_file_at_once(write: Write) -> None:
+    file = TomlFile.read(write("a = 1\n" + "# a comment\n" * 10_000 + "b = [1,\n2]\nc = 3\n"))
+    began = time.monotonic()
+    assert [file.line(["a"]), file.line(["b", 1]), file.line(["c"])] == [1, 10_002, 10_004]
+    assert time.monotonic() - began < 10
 
 
 @settings(max_examples=30, deadline=None)
