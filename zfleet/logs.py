@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, Any, NamedTuple
 
 FILES = "*.log*"  # <role>-<slot>.log and Nginx's access.log; .1, -20261126 and .gz are what rotation makes of them
@@ -80,6 +81,8 @@ class Search:
         while True:
             for path, stat in self._there():
                 read_to = self._read_to.get(_identity(stat), 0)
+                if stat.st_size < read_to:
+                    read_to = 0  # it was emptied in place, as logrotate's copytruncate does
                 if path.suffix != ".gz" and stat.st_size > read_to:
                     yield from self._news(path, stat, read_to)
             time.sleep(FOLLOW_EVERY_S)
@@ -91,7 +94,7 @@ class Search:
                 data = file.read(min(BLOCK, stat.st_size - read_to))
         except OSError:
             return
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = data[: data.rfind(b"\n") + 1] or (data if len(data) == BLOCK else b"")  # no line of ours is that long
         self._read_to[_identity(stat)] = read_to + len(whole)
         story = Story()
         for found in _with_any(whole, {name.encode() for name in (self._task, *self._requests) if name}):
@@ -104,9 +107,11 @@ class Search:
         for folder in self._folders:
             for path in sorted(folder.glob(FILES)):
                 try:
-                    found.append((path, path.stat()))
+                    stat = path.stat()
                 except OSError:
                     continue  # rotation took it away
+                if S_ISREG(stat.st_mode):  # a pipe would be waited for, for ever
+                    found.append((path, stat))
         return found
 
     def _sift(self, story: Story, names: Collection[str]) -> None:
@@ -142,7 +147,7 @@ class Search:
                 self._requests.add(line.fields["request_id"])
 
     def _is_about(self, fields: Mapping[str, Any]) -> bool:
-        if fields.get("request_id") in self._requests:
+        if str(fields.get("request_id")) in self._requests:
             return True
         if not self._task:
             return False
@@ -195,8 +200,9 @@ def _parsed(text: str, path: Path) -> Line | None:
     try:
         fields = json.loads(text)
         at = datetime.fromisoformat(fields["time"])
-    except (ValueError, TypeError, KeyError):
+        at = (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone()
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     if path.name.startswith(NGINX):
         fields = {"role": "nginx", "event": "request", **fields}
-    return Line(at if at.tzinfo else at.replace(tzinfo=UTC), fields, text)
+    return Line(at, fields, text)

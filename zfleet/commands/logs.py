@@ -79,7 +79,9 @@ def _folders(given: Sequence[Path]) -> Sequence[Path]:
 def _nothing(what: str, story: Story, where: Sequence[Path]) -> str:
     looked = f"looked through {story.files} files ({story.bytes / 1e6:.1f} MB) in {', '.join(map(str, where))}"
     unread = f"; could not read {'; '.join(story.unread)}" if story.unread else ""
-    return f"nothing about {what} here: {looked}{unread}. Its lines may be on another machine, or older than the files"
+    broken = f"; left out {story.broken} broken lines that name it" if story.broken else ""
+    elsewhere = "Its lines may be on another machine, or older than the files"
+    return f"nothing about {what} here: {looked}{unread}{broken}. {elsewhere}"
 
 
 def _remarks(story: Story, *, hidden: int) -> None:
@@ -106,9 +108,9 @@ def _readable(line: Line) -> Text:
 
     fields = line.fields
     colour = COLOURS.get(str(fields.get("level")), "")
-    text = Text(f"{line.at.astimezone():%Y-%m-%d %H:%M:%S}.{line.at.microsecond // 1000:03d}  ", "dim")
-    text.append(f"{line.role:<11}", "cyan")
-    text.append(f"{fields.get('event', '')!s:<16}", colour or "bold")
+    text = Text(f"{line.at:%Y-%m-%d %H:%M:%S}.{line.at.microsecond // 1000:03d}  ", "dim")
+    text.append(f"{_printable(line.role):<11}", "cyan")
+    text.append(f"{_printable(fields.get('event', '')):<16}", colour or "bold")
     for name, value in _others(fields).items():
         text.append(f"  {name}=", "dim").append(value, colour)
     return text
@@ -117,4 +119,8 @@ def _readable(line: Line) -> Text:
 def _others(fields: Mapping[str, Any]) -> dict[str, str]:
     """Return the other fields that say something, each on one line and with nothing that a terminal would obey."""
     told = {name: value for name, value in fields.items() if name not in APART and value not in (None, "")}
-    return {name: "".join(c if c.isprintable() else " " for c in str(value)) for name, value in told.items()}
+    return {_printable(name): _printable(value) for name, value in told.items()}
+
+
+def _printable(value: object) -> str:
+    return "".join(c if c.isprintable() else " " for c in str(value))

@@ -170,3 +170,33 @@ def test_following_tells_each_new_line_once_and_over_a_rotation(folder: Path) ->
     (folder / "supervisor-0.log").write_text(line(9, "supervisor", "third"))
     thread.join(10)
     assert sorted(heard) == ["first", "second", "third"]
+
+
+def test_lines_that_are_none_of_ours_break_no_story(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forged = {"time": "0001-01-01T00:00:00+14:00", "task_id": TASK}  # a moment before all time
+    odd = line(6, "\x1b]0;a", "\x1b[2J\nb", request_id=["no", "text"], **{"c\x1b": 1})
+    (folder / "odd.log").write_text(json.dumps(forged) + "\n" + "[" * 100_000 + TASK + "\n" + odd)
+    os.mkfifo(folder / "pipe.log")
+    assert cli.main(["logs", "--task", TASK, "--log-dir", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 8 and "\x1b" not in out
+    assert "3 broken" in err
+
+
+def test_following_goes_on_after_a_file_was_emptied_and_after_what_is_no_line(folder: Path) -> None:
+    search = Search([folder], task=TASK)
+    search.gather()
+    heard: list[str] = []
+    following = search.follow()
+    thread = threading.Thread(
+        target=lambda: heard.extend(next(following).fields["event"] for _ in range(2)), daemon=True
+    )
+    thread.start()
+    (folder / "worker-1.log").write_text("")
+    with (folder / "worker-0.log").open("ab") as file:
+        file.write(b"\0" * 3_000_000 + b"\n" + line(7, "worker", "after it").encode())
+    time.sleep(FOLLOW_EVERY_S * 2)
+    with (folder / "worker-1.log").open("a") as file:
+        file.write(line(8, "worker", "emptied"))
+    thread.join(10)
+    assert sorted(heard) == ["after it", "emptied"]
