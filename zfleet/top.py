@@ -98,10 +98,12 @@ class _Part:
         table = Table(box=None, pad_edge=False, header_style="dim", expand=False)
         for column in self.columns:
             name = column.removeprefix(">")
-            table.add_column(name, justify="left" if name == column else "right", no_wrap=True, overflow="ellipsis")
+            figure = name != column
+            # where it is too wide, names are cut before figures: rich shortens the widest of those that may wrap
+            table.add_column(name, justify="right" if figure else "left", no_wrap=figure, overflow="ellipsis")
         shown = self.rows if most >= len(self.rows) else self.rows[: max(0, most - 1)]
         for row in shown:
-            table.add_row(*row)
+            table.add_row(*(_one_line(Text(cell) if isinstance(cell, str) else cell) for cell in row))
         if len(shown) == len(self.rows):
             return table
         return Group(table, Text(f"… {len(self.rows) - len(shown)} more", style="dim"))
@@ -205,9 +207,10 @@ def _name(text: str) -> Text:
     return Text("".join(one if one.isprintable() else "?" for one in text))
 
 
-def _one_line(text: Text) -> Text:
-    text.no_wrap, text.overflow = True, "ellipsis"
-    return text
+def _one_line(cell: RenderableType) -> RenderableType:
+    if isinstance(cell, Text):
+        cell.no_wrap, cell.overflow = True, "ellipsis"
+    return cell
 
 
 def _age(since: datetime, now: datetime) -> str:

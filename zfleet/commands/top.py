@@ -53,7 +53,7 @@ def top(once: bool, interval: float, url: str | None) -> None:
             console.print(watch.look(patient=False, whole=True))
             return
         with contextlib.suppress(KeyboardInterrupt):
-            if console.is_terminal:
+            if console.is_terminal and not console.is_dumb_terminal:
                 _live(console, watch, interval)
             else:
                 while True:
@@ -112,11 +112,26 @@ class Watch:
 def _live(console: Console, watch: Watch, interval: float) -> None:
     from rich.live import Live
 
-    first = watch.look()
-    with _keys() as pressed, Live(first, console=console, screen=True, auto_refresh=False) as live:
-        live.refresh()
-        while QUIT not in pressed(interval):
-            live.update(watch.look(), refresh=True)
+    live = Live(watch.look(), console=console, screen=True, auto_refresh=False)
+    with _until_told(), _keys() as pressed:
+        try:  # `with live` would not clean up after a Ctrl-C within the first frame
+            live.start(refresh=True)
+            while QUIT not in pressed(interval):
+                live.update(watch.look(), refresh=True)
+        finally:
+            live.stop()
+
+
+@contextlib.contextmanager
+def _until_told() -> Iterator[None]:
+    """Have SIGTERM end this as Ctrl-C does, so that the terminal is left as it was found."""
+    import signal
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,14 @@
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -92,6 +100,15 @@ def test_it_fits_the_terminal(width: int, height: int, workers: int, runs: int, 
     assert len(lines) <= max(height, 20), "with a line of each at least"
     if workers == 40 and height > 20:
         assert sum(" more" in line for line in lines) == 3
+
+
+@pytest.mark.parametrize("name", [LONG, "工作机器" * 15], ids=["long", "wide"])
+def test_names_are_cut_before_figures(name: str) -> None:
+    long = worker(1).model_copy(update={"name": name, "device": name, "gpu": None})
+    queue = LineDepth(model=name, priority="normal", queued=10**6, running=4321, oldest_age_seconds=7200)
+    text = "\n".join(shown(fleet=fleet().model_copy(update={"workers": [long], "queues": [queue]})))
+    for figure in ("1/4", "1234", "3.0 h", "1000000", "4321", "2.0 h", "0/8"):
+        assert figure in text, figure
 
 
 def test_a_whole_frame_leaves_nothing_out() -> None:
@@ -227,3 +244,50 @@ def test_once_is_one_frame(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("zfleet http://") == 1 and err == ""
     assert cli.main(["top", "--once", "--url", f"http://127.0.0.1:{free_port()}"]) == 1
     assert "no gateway answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [b"q", b"\x03", signal.SIGTERM], ids=["q", "Ctrl-C", "SIGTERM"])
+def test_the_terminal_is_left_as_it_was_found(end: bytes | signal.Signals) -> None:
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 80))
+    before = termios.tcgetattr(its)
+    with StubGateway(told(), HISTORY, told()) as stub:
+        process = _top(stub.url, its, TERM="xterm")
+        said = _said(ours, b"host.gpu1")
+        assert b"\x1b[?1049h" in said
+        if isinstance(end, bytes):
+            os.write(ours, end)
+        else:
+            process.send_signal(end)
+        said += _said(ours, b"\x1b[?1049l")
+        assert process.wait(10) == 0
+    assert b"\x1b[?25h" in said, "the cursor is back"
+    assert termios.tcgetattr(its) == before
+
+
+def test_a_terminal_that_knows_no_commands_gets_frame_after_frame() -> None:
+    ours, its = pty.openpty()
+    with StubGateway(told(), HISTORY, told()) as stub:
+        process = _top(stub.url, its, TERM="dumb")
+        said = _said(ours, b"host.gpu1")
+        os.write(ours, b"\x03")
+        assert process.wait(10) == 0
+    assert b"\x1b" not in said
+
+
+def _top(url: str, terminal: int, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "zfleet", "top", "--interval", "0.2", "--url", url]
+    return subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ | environment, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+
+
+def _said(terminal: int, until: bytes) -> bytes:
+    """Read a terminal up to these words."""
+    said = b""
+    while until not in said:
+        ready, _, _ = select.select([terminal], [], [], 15)
+        assert ready, said
+        said += os.read(terminal, 65536)
+    return said
