@@ -38,6 +38,7 @@ class RedisFacts(NamedTuple):
     used: int  # bytes
     policy: str
     user: str | None
+    primary: str  # where the one is that this server copies; empty: it is none's replica
     clock_ahead_s: float  # of this machine's, give or take half a round trip
 
 

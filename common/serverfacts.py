@@ -56,5 +56,6 @@ class ServerFacts(Link):
             used=int(info["used_memory"]),
             policy=str(info["maxmemory_policy"]),
             user=allowed(lambda: str(self._redis.acl_whoami())),
+            primary=f"{info['master_host']}:{info['master_port']}" if info.get("role") == "slave" else "",
             clock_ahead_s=seconds + micros / 1e6 - (before + after) / 2,
         )

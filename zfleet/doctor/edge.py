@@ -65,7 +65,7 @@ def nginx(patient: Patient) -> Iterator[Finding]:
         yield Finding("nginx", "skipped", "nginx is not on PATH; check where it runs")
         return
     command = [program, "-t", "-q", "-c", str(config.absolute())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=NGINX_S, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=NGINX_S, check=False)
     said = [line for line in done.stderr.strip().splitlines() if "[emerg]" in line] or done.stderr.strip().splitlines()
     if done.returncode == 0:
         yield Finding("nginx", "ok", f"{config} passes nginx -t")

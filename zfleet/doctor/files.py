@@ -128,7 +128,7 @@ def whole(folder: Path, until: float) -> tuple[int, int]:
 
 def _sums(folder: Path) -> Mapping[str, str]:
     path = folder / SUMS
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     return {match[2]: match[1] for line in lines if (match := _SUM.fullmatch(line))}
 
 
@@ -152,8 +152,11 @@ def _digest(path: Path, like: str, until: float) -> str | None:
 
 
 def _require_shards(index: Path) -> None:
-    told: Any = json.loads(index.read_text("utf-8"))
-    for name in sorted(set(told.get("weight_map", {}).values())):
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text("utf-8")).get("weight_map", {}).values()})
+    except (ValueError, AttributeError, RecursionError):
+        raise Damaged(f"{index} is no list of a checkpoint's files: it is cut off, or something else") from None
+    for name in names:
         if not (index.parent / name).exists():
             raise Damaged(f"{index.parent / name} is missing, though {index.name} names it")
 
@@ -168,8 +171,8 @@ def _check_safetensors(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         try:
             head: Any = json.loads(file.read(length)) if length <= min(HEADER_MAX, size - 8) else None
-            ends = [tensor["data_offsets"][1] for name, tensor in head.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+            ends = [int(tensor["data_offsets"][1]) for name, tensor in head.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError):
             raise Damaged(f"{path} has no head of a safetensors file: it is cut off, or something else") from None
     if size != 8 + length + max(ends, default=0):
         raise Damaged(f"{path} has {size} bytes, not the {8 + length + max(ends, default=0)} that its head tells of")

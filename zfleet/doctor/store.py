@@ -26,7 +26,7 @@ def check(patient: Patient) -> Iterator[Finding]:
     try:
         with contextlib.closing(Broker(settings)) as broker:
             facts = broker.redis_facts()
-            yield _writes(broker, url)
+            yield _replica(facts, url) if facts.primary else _writes(broker, url)
     except (ConfigurationError, RedisUnavailable) as error:
         yield Finding("redis", "problem", f"{url}: {error.message}", "start it, or correct ZFLEET_REDIS_URL")
         return
@@ -99,6 +99,11 @@ def _memory(facts: RedisFacts) -> Finding:
     if facts.maxmemory and facts.used > facts.maxmemory * NEARLY_FULL:
         return Finding("redis memory", "warning", says, "raise maxmemory: once it is full, submits are refused")
     return Finding("redis memory", "ok", says)
+
+
+def _replica(facts: RedisFacts, url: str) -> Finding:
+    says = f"{url} is a replica of {facts.primary}, and takes no writes"
+    return Finding("redis", "problem", says, "name the primary in ZFLEET_REDIS_URL, or Sentinels, which know it")
 
 
 def _writes(broker: Broker, url: str) -> Finding:

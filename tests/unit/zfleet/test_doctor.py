@@ -226,7 +226,21 @@ def test_the_model_that_ships_is_whole(patient: Patient) -> None:
     assert files.whole(pico.FOLDER, float("inf")) == (0, 0)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "no head", "no shard", "not listed", "no index", "huge head"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut",
+        "flipped",
+        "no head",
+        "no shard",
+        "not listed",
+        "no index",
+        "huge head",
+        "deep head",
+        "odd head",
+        "odd shards",
+    ],
+)  # fmt: skip
 def test_a_damaged_model_is_a_problem(settings: Settings, checkpoint: Path, damage: str) -> None:
     weights = checkpoint / "transformer" / "a.safetensors"
     data = weights.read_bytes()
@@ -238,6 +252,13 @@ def test_a_damaged_model_is_a_problem(settings: Settings, checkpoint: Path, dama
         weights.write_bytes(b"<html>not found</html>")
     elif damage == "huge head":
         weights.write_bytes(b"\xff" * 8 + data)
+    elif damage == "deep head":
+        weights.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    elif damage == "odd head":
+        head = b'{"w": {"data_offsets": [0, "x"]}}'
+        weights.write_bytes(len(head).to_bytes(8, "little") + head)
+    elif damage == "odd shards":
+        (checkpoint / "transformer" / "a.safetensors.index.json").write_text('["w"')
     elif damage == "no shard":
         (checkpoint / files.SUMS).unlink()
         weights.unlink()
@@ -247,7 +268,7 @@ def test_a_damaged_model_is_a_problem(settings: Settings, checkpoint: Path, dama
     else:
         (checkpoint / "model_index.json").unlink()
     found = list(files.models(served(settings, checkpoint)))
-    assert states(found) == {"model own": "problem"}
+    assert states(found) == {"model own": "problem"} and str(checkpoint) in found[0].says
     needs_a_remedy(found)
 
 
@@ -306,6 +327,13 @@ def test_redis_that_keeps_nothing_and_throws_away(tmp_path: Path) -> None:
     needs_a_remedy(found)
 
 
+def test_a_replica_is_no_place_to_write(redis_server: RedisServer, tmp_path: Path) -> None:
+    with RedisServer(tmp_path, "--replicaof", f"127.0.0.1 {redis_server.port}") as server:
+        found = list(store.check(Patient(settings=load_settings({"redis_url": server.url}))))
+    assert states(found)["redis"] == "problem"
+    assert f"replica of 127.0.0.1:{redis_server.port}" in found[0].says and "primary" in found[0].remedy
+
+
 def test_redis_that_is_away() -> None:
     settings = load_settings({"redis_url": f"redis://:secret@127.0.0.1:{free_port()}/0", "redis_patience_s": 0.2})
     (found,) = store.check(Patient(settings=settings))
@@ -331,7 +359,7 @@ def test_facts_without_a_refusal(broker: Broker) -> None:
 
 FINE = RedisFacts(
     version="7.0.15", aof=True, appendfsync="everysec", write_error="", maxmemory=0, used=1 << 20, policy="noeviction",
-    user="gateway", clock_ahead_s=0.0,
+    user="gateway", primary="", clock_ahead_s=0.0,
 )  # fmt: skip
 
 
