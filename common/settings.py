@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -162,6 +163,12 @@ class Settings(BaseSettings):
         if url and not _ADDRESS.fullmatch(url):
             raise ValueError("must be an address as https://pictures.example, with no query")
         return url.rstrip("/")
+
+    @field_validator("url")
+    @classmethod
+    def _can_be_read(cls, url: str) -> str:
+        _ = urlsplit(url).port  # raises ValueError with what is wrong
+        return url
 
     @field_validator("beat_s")
     @classmethod

@@ -39,6 +39,8 @@ def test_a_child_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("ZFLEET_WARM_SIZES", "512x512,1000x1000"),
         ("ZFLEET_MODEL_ALIASES", "dall-e-3"),
         ("ZFLEET_MODEL_ALIASES", "a/b=turbo"),
+        ("ZFLEET_URL", "http://[::1"),
+        ("ZFLEET_URL", "http://host:port"),
         ("ZFLEET_PUBLIC_URL", "pictures.example"),
         ("ZFLEET_PUBLIC_URL", "https://pictures.example/?a"),
     ],
