@@ -62,6 +62,13 @@ class ApiKey(Stored):
         """Return the key as one that is revoked at this time, unless it is even sooner."""
         return self.model_copy(update={"revoked_at": min(at, self.revoked_at or at)})
 
+    def follower(self, token: Token, at: datetime) -> ApiKey:
+        """Return a key with these limits and this token, made now, that lasts as long as this one was made for."""
+        most = datetime.max.replace(tzinfo=UTC) - at
+        expires_at = self.expires_at and at + min(self.expires_at - self.created_at, most)
+        changes = {"key_id": token.key_id, "digest": token.digest, "created_at": at, "expires_at": expires_at}
+        return self.model_copy(update=changes)
+
     def allows(self, priority: Priority) -> bool:
         """Return whether tasks of this priority may be submitted with it."""
         return PRIORITIES.index(priority) >= PRIORITIES.index(self.priority_max)

@@ -38,28 +38,34 @@ class Keyring(Link):
     def rotate_key(self, key_id: str, grace: timedelta, *, at: datetime) -> MadeKey:
         """Make a key with the limits of another, as lasting as that was made for; that one works for `grace` longer.
 
-        Raises UnknownKey, and KeyNotActive for one that was rotated or revoked, or has expired.
+        Of two rotations at once one prevails. Raises UnknownKey, and KeyNotActive for one that was rotated or revoked,
+        or has expired.
         """
-        old = self.key(key_id)
-        if old is None:
-            raise UnknownKey(NO_SUCH_KEY)
-        if (state := old.state(at)) != "active":
-            raise KeyNotActive(f"key {key_id} is {state} already; make a new one")
-        token = Token.new()
-        changes = {"key_id": token.key_id, "digest": token.digest, "created_at": at}
-        expires_at = old.expires_at and at + (old.expires_at - old.created_at)
-        key = old.model_copy(update=changes | {"expires_at": expires_at})
-        self.put_key(key)
-        self.change_key(key_id, lambda old: old.retired(at + grace))
-        return MadeKey(token, key)
+        name, token = keys.API_KEY + key_id, Token.new()
+
+        def write(pipeline: Any) -> ApiKey:
+            old = _api_key(pipeline.hget(name, "key"))
+            if old is None:
+                raise UnknownKey(NO_SUCH_KEY)
+            new = old.follower(token, at)
+            if (state := old.state(at)) == "active":
+                pipeline.multi()
+                _put(pipeline, new)
+                _put(pipeline, old.retired(at + grace))
+            elif not pipeline.exists(keys.API_KEY + new.key_id):  # else this very rotation, whose reply was lost
+                raise KeyNotActive(f"key {key_id} is {state} already; make a new one")
+            return new
+
+        new: ApiKey = self._patiently(lambda: self._redis.transaction(write, name, value_from_callable=True))
+        self._run("unpark", new.key_id)
+        return MadeKey(token, new)
 
     def put_key(self, key: ApiKey, share: float | None = None) -> None:
         """Store a key, new or changed; `share` is what its tenant gets of the GPUs from now on (None: as before)."""
 
         def write() -> None:
             pipeline = self._redis.pipeline(transaction=True)
-            pipeline.hset(keys.API_KEY + key.key_id, mapping=_hash(key))
-            pipeline.sadd(keys.API_KEYS, key.key_id)
+            _put(pipeline, key)
             if share is not None:
                 pipeline.hset(keys.SHARES, key.tenant, share)
             pipeline.execute()
@@ -121,6 +127,11 @@ class Keyring(Link):
             return found
 
         return bytes.fromhex(self._patiently(read))
+
+
+def _put(pipeline: Any, key: ApiKey) -> None:
+    pipeline.hset(keys.API_KEY + key.key_id, mapping=_hash(key))
+    pipeline.sadd(keys.API_KEYS, key.key_id)
 
 
 def _hash(key: ApiKey) -> dict[str, str | int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,6 +14,7 @@ from werkzeug.test import TestResponse
 
 from common.apikeys import Token, proves
 from common.broker import Broker
+from common.errors import KeyNotActive
 from common.settings import Settings
 from gateway.app import create_app
 from tests.tenants import bearer, new_key
@@ -68,6 +71,29 @@ def test_one_is_rotated_and_goes_on_for_a_while(client: FlaskClient, broker: Bro
     last = client.post(f"/api/keys/{fresh['key_id']}/rotate", json={}, headers=admin).get_json()
     assert listed(client, admin)[fresh["key_id"]]["state"] == "revoked"
     assert broker.key(last["key_id"]) is not None
+
+
+def test_rotations_at_once_make_one_key(client: FlaskClient, broker: Broker, admin: dict[str, str]) -> None:
+    made, begin = make(client, admin).get_json()["key_id"], threading.Barrier(8)
+
+    def rotate(_: int) -> str:
+        begin.wait()
+        try:
+            return broker.rotate_key(made, timedelta(0), at=datetime.now(UTC)).key.key_id
+        except KeyNotActive:
+            return ""
+
+    with ThreadPoolExecutor(8) as pool:
+        fresh = set(pool.map(rotate, range(8))) - {""}
+    assert len(fresh) == 1
+    assert len(listed(client, admin)) == 3, "the admin's, the old one and the new one"
+
+
+def test_one_that_lasts_to_the_end_of_time_is_rotated(client: FlaskClient, admin: dict[str, str]) -> None:
+    made = make(client, admin, expires_at="9999-12-31T23:59:59-12:00").get_json()
+    fresh = client.post(f"/api/keys/{made['key_id']}/rotate", json={}, headers=admin)
+    assert fresh.status_code == 200
+    assert fresh.get_json()["expires_at"].startswith("9999-12-31T23:59:59")
 
 
 @pytest.mark.parametrize(
