@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import redis
 from playwright.sync_api import Page, expect
 
+from common import keys
 from tests.browser.conftest import SIZES, Fleet, Visit
 from tests.fleet import submit_many
-from tests.tenants import new_key
+from tests.tenants import new_key, revoke
 from zfleet.client import Client
 
 VisitFn = Callable[..., Visit]
@@ -96,9 +99,40 @@ def test_a_long_list_comes_in_pages(visit: VisitFn, fleet: Fleet) -> None:
 def test_a_gateway_that_is_away_is_said_so_and_asked_again(visit: VisitFn, fleet: Fleet) -> None:
     seen = visit()
     seen.expected.append("net::ERR_FAILED")
-    seen.page.route("**/api/tasks?*", lambda route: route.abort())
     seen.open(new_key(fleet.broker, "nobody-yet"), "#/tasks")
+    seen.page.route("**/api/tasks?*", lambda route: route.abort())
+    seen.page.get_by_label("State").select_option("failed")
     expect(seen.page.get_by_role("main").get_by_text("The gateway does not answer.")).to_be_visible()
     seen.page.unroute_all()
     seen.page.get_by_role("button", name="Try again").click()
+    expect(seen.page.get_by_text("No task is like that.")).to_be_visible()
+
+
+def test_a_rare_state_is_looked_for_behind_very_many_tasks(visit: VisitFn, fleet: Fleet) -> None:
+    tenant = "very-many"
+    now, more_than_one_call_looks_through = int(time.time() * 1000), 1100
+    with redis.Redis.from_url(fleet.settings.redis_url) as client, client.pipeline(transaction=False) as pipeline:
+        for number in range(more_than_one_call_looks_through):
+            task_id, status = f"{number:032x}", "succeeded" if number else "failed"
+            record = {"status": status, "created_at": now, "tenant": tenant, "model": "simulated"}
+            pipeline.hset(keys.TASK + task_id, mapping=record | {"request": '{"prompt": "the one"}'})
+            pipeline.zadd(keys.TENANT_TASKS + tenant, {task_id: now + number})
+        pipeline.execute()
+    seen = visit()
+    page = seen.page
+    page.clock.install()
+    seen.open(new_key(fleet.broker, tenant), "#/tasks?status=failed")
+    expect(page.get_by_text("None of the newest tasks is like that.")).to_be_visible()
+    page.clock.fast_forward(11_000)
+    page.get_by_role("button", name="More").click()
+    expect(page.get_by_role("link", name="the one")).to_be_visible()
+    page.clock.fast_forward(11_000)
+    expect(page.get_by_role("link", name="the one")).to_be_visible()
+
+
+def test_a_key_that_is_revoked_meanwhile_ends_the_page(visit: VisitFn, fleet: Fleet) -> None:
+    key, seen = new_key(fleet.broker, "leaver"), visit()
+    seen.open(key, "#/tasks")
     expect(seen.page.get_by_text("No tasks yet.")).to_be_visible()
+    revoke(fleet.broker, key)
+    expect(seen.page.get_by_label("API key")).to_be_visible(timeout=15_000)

@@ -72,6 +72,7 @@ function listOf(account, signal) {
       const shown = rows.tasks().length;
       const page = await ask({ limit: Math.min(PAGE_MAX, Math.max(PAGE, shown)) }).catch((error) => error);
       if (mine !== turn || signal.aborted) return;
+      if (page.status === 401) throw page;
       if (page instanceof Error) state.textContent = `${page.message} What is shown may be old.`;
       else draw(...behind(page));
     }
@@ -81,6 +82,7 @@ function listOf(account, signal) {
   /** Return the newest tasks followed by those shown that are older than any of them, and where the next page begins. */
   function behind(page) {
     if (!page.next_cursor) return [page.tasks, null];
+    if (!page.tasks.length) return [rows.tasks(), rows.tasks().length ? cursor : page.next_cursor];
     const [fresh, last] = [new Set(page.tasks.map(({ task_id: id }) => id)), page.tasks.at(-1).created_at];
     const older = rows.tasks().filter((task) => !fresh.has(task.task_id) && task.created_at < last);
     return [[...page.tasks, ...older], older.length ? cursor : page.next_cursor];
@@ -91,7 +93,7 @@ function listOf(account, signal) {
     cursor = next;
     more.hidden = !next;
     place.classList.toggle("card", tasks.length > 0);
-    state.replaceChildren(...(tasks.length ? [] : nothing()));
+    state.replaceChildren(...(tasks.length ? [] : next ? ["None of the newest tasks is like that. “More” looks further back."] : nothing()));
   }
 
   function failed(error) {
