@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.browser.conftest import Fleet, Visit
 
@@ -102,3 +102,49 @@ def test_all_pages_together_weigh_little(visit: Callable[..., Visit], fleet: Fle
         seen.go(name)
     assert len(sizes) > 10
     assert sum(sizes.values()) < MOST_BYTES
+
+
+def failing(visit: Visit, times: int) -> list[str]:
+    """Have the gateway be away for the next calls of the API; returns those it was away for."""
+    missed: list[str] = []
+
+    def answer(route: Route) -> None:
+        if len(missed) >= times:
+            return route.fallback()
+        missed.append(route.request.url)
+        return route.abort()
+
+    visit.expected.append("net::ERR_FAILED")
+    visit.page.route("**/api/**", answer)
+    return missed
+
+
+@pytest.mark.parametrize("address", ["#/tasks", "#/playground", "#/operate", "#/fleet"])
+def test_a_page_that_is_opened_while_the_gateway_is_away_comes_by_itself(
+    visit: Callable[..., Visit], fleet: Fleet, address: str
+) -> None:
+    seen = visit()
+    missed = failing(seen, times=1)
+    seen.open(fleet.admin, address)
+    expect(seen.page.get_by_text("The gateway does not answer. This page goes on by itself")).to_be_visible()
+    expect(seen.page.get_by_label("API key")).to_be_hidden()
+    expect(seen.page.get_by_role("heading", level=1, name=address[2:], exact=False)).to_be_visible()
+    assert [url.rpartition("/")[2] for url in missed] == ["me"]
+    expect(seen.page.get_by_role("navigation").get_by_role("link", name=address[2:])).to_have_attribute(
+        "aria-current", "page"
+    )
+
+
+def test_a_page_that_loses_the_gateway_as_it_begins_begins_anew(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen = visit()
+    seen.open(fleet.tenant, "#/tasks")
+    failing(seen, times=2)
+    seen.go("Playground")
+    expect(seen.page.get_by_text("This page goes on by itself")).to_be_visible()
+    expect(seen.page.get_by_role("button", name="Generate")).to_be_visible()
+
+
+def test_an_address_that_names_nothing_shows_the_first_page(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen = visit()
+    seen.open(fleet.tenant, "#/%E0%A4%A/%")
+    expect(seen.page.get_by_role("heading", level=1)).to_have_text("Tasks")

@@ -41,6 +41,25 @@ async function ask(path, options = {}) {
   return answer;
 }
 
+/** Whether an error says that the gateway, or Redis behind it, is away for now. */
+export const away = (error) => error instanceof Problem && [0, 502, 503, 504].includes(error.status);
+
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+/** Return what `work` returns, and do it again while the gateway is away: `most` times, `missed(error)` after each. */
+export async function persist(work, { signal, most = Infinity, missed = () => {} } = {}) {
+  for (let tries = 1; ; tries += 1) {
+    try {
+      return await work();
+    } catch (error) {
+      if (signal?.aborted || !away(error) || tries === most) throw error;
+      missed(error);
+    }
+    await pause(AGAIN_MS);
+    signal?.throwIfAborted();
+  }
+}
+
 /** GET `path` (relative to the page) and return its JSON. */
 export async function get(path, signal) {
   return (await ask(path, { signal })).json();
@@ -93,7 +112,7 @@ export async function follow(path, on, signal, tell = () => {}) {
       clearTimeout(patience);
     }
     tell(false);
-    await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+    await pause(AGAIN_MS);
   }
 }
 

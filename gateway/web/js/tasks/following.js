@@ -1,6 +1,7 @@
 // One task as it goes on: its stream of events, and while it waits its place in line, which no event tells.
 
-import { follow, get } from "../api.js";
+import { follow, get, persist } from "../api.js";
+import { notice } from "../dom.js";
 
 const PLACE_MS = 2000;
 const ENDS = ["succeeded", "failed", "canceled", "expired"];
@@ -8,7 +9,12 @@ const ENDS = ["succeeded", "failed", "canceled", "expired"];
 /** Call `on(task)` with the task's status now and whenever it has changed, the last time with its end, and return that.
  *  `task.progress.preview` is the last one there was. Throws the Problem of a task that is not there. */
 export async function followTask(id, on, signal) {
-  let task = await get(`api/status/${id}`, signal);
+  let told = false;
+  const missed = (error) => {
+    if (!told) notice(error.message, "bad");
+    told = true;
+  };
+  let task = await persist(() => get(`api/status/${id}`, signal), { signal, missed });
   on(task);
   if (ENDS.includes(task.status)) return task;
   const tell = (change) => {

@@ -1,8 +1,9 @@
 // Pictures behind an API key: fetched with it, shown as blobs, and let go of again.
 
-import { picture, Problem } from "../api.js";
+import { persist, picture, Problem } from "../api.js";
 import { h } from "../dom.js";
 
+const TRIES = 5; // at a picture, while the gateway is away or too busy
 const AHEAD = "300px"; // of the window, from which on a thumbnail is fetched
 
 /** A path of an answer, relative to this page. */
@@ -29,8 +30,10 @@ export function thumbnails(signal) {
   };
 }
 
+const fetched = (path, signal) => persist(() => picture(path, signal), { signal, most: TRIES });
+
 async function fill(frame, path, signal) {
-  const blob = await picture(local(path), signal).catch((error) => {
+  const blob = await fetched(local(path), signal).catch((error) => {
     if (signal.aborted || error instanceof Problem) return null; // it is gone by now: the frame stays empty
     throw error;
   });
@@ -63,7 +66,7 @@ function figure(task, image, index, signal, under) {
   const canvas = h("div", { class: "canvas" }, shown);
   frame(canvas, image.width, image.height);
   const element = h("figure", {}, canvas, h("figcaption", {}, h("span", { class: "faint number" }, facts), actions));
-  picture(`${local(image.url)}?via=gateway`, signal).then((blob) => {
+  fetched(`${local(image.url)}?via=gateway`, signal).then((blob) => {
     const url = URL.createObjectURL(blob);
     signal.addEventListener("abort", () => URL.revokeObjectURL(url));
     shown.src = open.href = save.href = url;
