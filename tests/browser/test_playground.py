@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -8,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import SIZES, Fleet, Visit
+from tests.servers import eventually
 from tests.tenants import new_key
 from zfleet.client import Client
 
@@ -170,3 +172,20 @@ def test_a_template_is_filled_in_and_what_is_copied_names_it(visit: VisitFn, fle
     assert seen.sideways() == 0
     page.reload()
     expect(page.get_by_label("Product · 商品")).to_have_value('一罐"龙井茶"')
+
+
+def test_a_task_that_cannot_be_asked_about_is_not_gone(visit: VisitFn, fleet: Fleet) -> None:
+    seen, asked = visit(), []
+    entry = [{"task_id": "0" * 32, "request": {"prompt": "kept"}, "at": "2026-11-26T00:00:00Z", "status": "queued"}]
+    kept = f"localStorage.setItem('zfleet.history.acme', {json.dumps(json.dumps(entry))})"
+    seen.page.add_init_script(kept)
+
+    def refuse(route: Route) -> None:
+        asked.append(route.request.url)
+        route.fulfill(status=401, json={"title": "no"})
+
+    seen.page.route("**/api/status/*", refuse)
+    seen.open(fleet.tenant, "#/playground")
+    eventually(lambda: seen.page.wait_for_timeout(20) or asked)
+    expect(seen.page.get_by_role("region", name="History")).to_contain_text("queued")
+    expect(seen.page.get_by_role("region", name="History")).not_to_contain_text("gone")

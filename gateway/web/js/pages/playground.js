@@ -49,7 +49,7 @@ export async function show(main, account, signal) {
 
   main.append(h("div", { class: "playground" }, form.element, h("div", { class: "stack" }, stage.element, past.element)));
   past.settle();
-  await again(query().get("task"), form, stage, history);
+  await again(encodeURIComponent(query().get("task") ?? ""), form, stage, history);
 }
 
 /** Fill the form with the request of a task and show what became of it. */
@@ -140,7 +140,7 @@ function pastOf(history, signal) {
   /** Find out from time to time what became of those that nobody follows. */
   async function settle() {
     for (const { task_id: id } of history.entries().filter(({ status }) => isOpen(status))) {
-      const status = await get(`api/status/${id}`, signal).then((task) => task.status, (error) => (error.status >= 400 && error.status < 500 ? "gone" : null));
+      const status = await get(`api/status/${id}`, signal).then((task) => task.status, (error) => ([404, 410].includes(error.status) ? "gone" : null));
       if (status && !isOpen(status)) mark(id, status);
     }
     if (!signal.aborted) setTimeout(settle, SETTLE_MS);
