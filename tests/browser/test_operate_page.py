@@ -216,3 +216,16 @@ def test_what_the_gateway_refuses_is_said_as_it_says_it(visit: Callable[..., Vis
     dialog.get_by_label("Most queued").evaluate("entry => { entry.min = -9; entry.value = -7; }")
     dialog.get_by_role("button", name="Make the key").click()
     expect(told(dialog)).to_have_text(re.compile("max_queued: must be"))
+
+
+def test_what_cannot_be_requeued_is_counted_once(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen = visit()
+    refused = [{"task_id": "a" * 32, "code": "input_gone", "detail": "its picture is gone"}]
+    made = [{"task_id": "b" * 32, "new_task_id": "c" * 32}]
+    batches = iter([{"requeued": made, "refused": refused, "more": more} for more in (True, False)])
+    seen.page.route("**/api/tasks?*", lambda route: route.fulfill(json={"tasks": [{}], "next_cursor": None}))
+    seen.page.route("**/api/failed/requeue", lambda route: route.fulfill(json=next(batches)))
+    seen.open(fleet.admin, "#/operate")
+    seen.page.get_by_role("button", name="Requeue …").click()
+    seen.page.get_by_role("dialog").get_by_role("button", name="Requeue").click()
+    expect(seen.page.get_by_text("2 tasks requeued. 1 task cannot be: its picture is gone.")).to_be_visible()

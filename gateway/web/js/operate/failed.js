@@ -69,7 +69,7 @@ function ask(work, which, { many, more }, line) {
   return new Promise((resolve) => {
     let going = true;
     let done = 0;
-    const refused = [];
+    const refused = new Map(); // by task: each batch comes by them again
     const bar = h("progress", { max: many, value: 0, hidden: true, "aria-label": "Done" });
     const told = h("p", { role: "status" }, work.text);
     const agree = h("button", { type: "button", class: work.style }, work.verb);
@@ -81,7 +81,7 @@ function ask(work, which, { many, more }, line) {
       for (let left = true; left && going;) {
         const answer = await post(`api/failed/${work.name}`, { ...which, limit: BATCH });
         done += work.done(answer);
-        refused.push(...(answer.refused ?? []));
+        for (const { task_id: id, detail } of answer.refused ?? []) refused.set(id, detail);
         left = answer.more;
         [bar.max, bar.value] = [Math.max(many, done), done];
         told.textContent = `${done.toLocaleString("en")} ${work.past}`;
@@ -101,7 +101,7 @@ function ask(work, which, { many, more }, line) {
 }
 
 function result(work, done, whole, refused) {
-  const left = refused.length ? ` ${tasks(refused.length)} cannot be: ${[...new Set(refused.map(({ detail }) => detail))].join("; ")}.` : "";
+  const left = refused.size ? ` ${tasks(refused.size)} cannot be: ${[...new Set(refused.values())].join("; ")}.` : "";
   return `${tasks(done)} ${work.past}${whole ? "" : ", then stopped"}.${left}`;
 }
 
