@@ -22,6 +22,7 @@ from gateway.api import NO_STORE, Api, json_answer
 from gateway.described import EVENT
 
 LOOK_EVERY_S = 1.0
+LOOK_LATEST_S = 10.0
 MOST_OF_A_CORE = 0.03  # that looking takes: a fleet of very many queues is looked at less often
 SILENCE_S = 15.0  # a viewer hears something at least this often
 RETRY_MS = 2000  # after which a viewer should come back
@@ -129,22 +130,25 @@ class Watch:
         while True:
             began = time.monotonic()
             self._nudged.clear()
+            seen = False
             try:
-                self._look()
+                seen = self._look()
             except Exception as error:  # whoever watches would take the silence for calm
                 log.error("fleet_not_seen", error=type(error).__name__)
             took_s = time.monotonic() - began
-            self._nudged.wait(max(LOOK_EVERY_S, took_s / MOST_OF_A_CORE) - took_s)
+            gap_s = min(took_s / MOST_OF_A_CORE, LOOK_LATEST_S) if seen else 0.0  # waiting for Redis costs no core
+            self._nudged.wait(max(LOOK_EVERY_S, gap_s) - took_s)
             with self._told:  # so that a viewer either finds this thread going on, or starts the next
                 if self.closed or not self._viewers:
                     self._thread = None
                     return
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Look once, and return whether Redis was there to be looked at."""
         try:
-            fleet = self._overview.read()
+            fleet, seen = self._overview.read(), True
         except RedisUnavailable:
-            fleet = self._overview.without_redis(self._last)
+            fleet, seen = self._overview.without_redis(self._last), False
         changed = self._last is None or not self._event or _timeless(fleet) != _timeless(self._last)
         self._last = fleet
         if changed:
@@ -152,6 +156,7 @@ class Watch:
             with self._told:
                 self._event, self._number = event, self._number + 1
                 self._told.notify_all()
+        return seen
 
 
 def create(overview: Overview, watch: Watch, doorkeeper: Doorkeeper) -> Api:

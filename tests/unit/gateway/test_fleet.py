@@ -138,6 +138,28 @@ def test_the_stream_outlives_redis(
     assert data(stream)["health"]["status"] == "healthy"
 
 
+def test_time_spent_waiting_for_redis_puts_off_no_look(
+    client: FlaskClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    monkeypatch.setattr(fleet, "MOST_OF_A_CORE", 0.01)
+    worker.beat()
+    read, lost = fleet.Overview.read, [True]
+
+    def slow(self: fleet.Overview) -> Fleet:
+        if lost:
+            time.sleep(0.5)
+            raise RedisUnavailable("Redis did not answer")
+        return read(self)
+
+    monkeypatch.setattr(fleet.Overview, "read", slow)
+    stream = lines(client)
+    assert data(stream)["workers"] == []
+    lost.clear()
+    began = time.monotonic()
+    assert len(data(stream)["workers"]) == 1
+    assert time.monotonic() - began < 5, "not 50 s"
+
+
 def test_a_server_that_stops_ends_its_streams(app: OpenAPI, client: FlaskClient) -> None:
     stream = lines(client)
     data(stream)
