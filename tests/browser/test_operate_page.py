@@ -13,6 +13,7 @@ from rq import suspension
 
 from common.schemas import TaskStatus
 from tests.browser.conftest import SIZES, Fleet, Visit
+from tests.browser.states import Stage, fleet_of, worker
 from tests.browser.test_fleet_page import rq_of, submit
 from tests.fleet import await_final, ready_workers, record
 from tests.tenants import new_key
@@ -229,3 +230,17 @@ def test_what_cannot_be_requeued_is_counted_once(visit: Callable[..., Visit], fl
     seen.page.get_by_role("button", name="Requeue …").click()
     seen.page.get_by_role("dialog").get_by_role("button", name="Requeue").click()
     expect(seen.page.get_by_text("2 tasks requeued. 1 task cannot be: its picture is gone.")).to_be_visible()
+
+
+def test_a_fleet_without_redis_is_said_to_be_unhealthy(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen = visit()
+    stage = Stage(seen.page)
+    seen.open(fleet.admin, "#/operate")
+    stage.tell(fleet_of(worker()))
+    expect(seen.page.get_by_text("Workers take tasks as they come.")).to_be_visible()
+    verdict = seen.page.get_by_role("status", name="Verdict")
+    expect(verdict).to_be_hidden()
+    stage.tell(fleet_of(worker(), status="unhealthy", reasons=("Redis does not answer",)))
+    expect(verdict).to_contain_text("Redis does not answer")
+    stage.tell(fleet_of(worker()))
+    expect(verdict).to_be_hidden()

@@ -1,7 +1,7 @@
 // What operators do to the fleet: pause it, drain or restart a worker, see to failed tasks, give out keys.
 
 import { h } from "../dom.js";
-import { freshness } from "../fleet/verdict.js";
+import { freshness, verdict } from "../fleet/verdict.js";
 import { watch } from "../live.js";
 import { claims } from "../operate/claims.js";
 import { failed } from "../operate/failed.js";
@@ -12,11 +12,16 @@ export const title = "Operate";
 
 export async function show(main, account, signal) {
   const fresh = freshness(signal);
+  const said = verdict();
   const [pausing, machines, failures, ring] = [claims(), workers(), failed(signal), keys(account, signal)];
   main.append(
     h("div", { class: "row spread" }, h("h1", {}, title), fresh.element),
-    h("div", { class: "stack" }, pausing.element, machines.element, failures.element, ring.element));
+    h("div", { class: "stack" }, said.element, pausing.element, machines.element, failures.element, ring.element));
+  said.element.hidden = true;
   const on = (fleet) => {
+    said.show(fleet.health, fleet.suspended);
+    said.element.hidden = fleet.health.status !== "unhealthy";
+    if (!said.element.hidden) return; // what is told of pauses and workers is from before
     pausing.show(fleet);
     machines.show(fleet);
   };
