@@ -115,3 +115,17 @@ def test_a_task_that_is_not_there_is_said_so(visit: VisitFn, fleet: Fleet) -> No
     expect(seen.page.get_by_text("no task has this id")).to_be_visible()
     seen.page.get_by_role("link", name="All tasks").click()
     expect(seen.page.get_by_role("heading", level=1)).to_have_text("Tasks")
+
+
+@pytest.mark.parametrize("page", ["tasks/", "playground?task="])
+def test_a_page_that_hears_nothing_of_its_task_says_so(visit: VisitFn, fleet: Fleet, client: Client, page: str) -> None:
+    task_id = client.submit("unheard", model="slow").task_id
+    seen = visit()
+    seen.expected.append("net::ERR_FAILED")
+    seen.page.route("**/api/tasks/*/events", lambda route: route.abort())
+    seen.open(fleet.tenant, f"#/{page}{task_id}")
+    expect(seen.page.get_by_text("Connection lost, trying again.")).to_be_visible()
+    seen.page.unroute_all()
+    expect(seen.page.get_by_text("Connection lost, trying again.")).to_be_hidden()
+    client.cancel(task_id)
+    expect(seen.page.locator(".state").first).to_have_text("canceled")

@@ -79,7 +79,7 @@ function stageOf({ signal, keepSeed, changed }) {
   const pictures = h("div");
   const bar = h("div", { class: "row", hidden: true }, state, details, h("span", { class: "row actions" }, cancel));
   const empty = h("p", { class: "faint canvas nothing" }, "The picture comes here.");
-  const element = h("section", { class: "card stage", "aria-label": "Result" }, bar, words, progress.element, pictures, empty, progress.heard);
+  const element = h("section", { class: "card stage", "aria-label": "Result" }, progress.heard, bar, progress.lost, words, progress.element, pictures, empty);
   let leaving = new AbortController();
 
   async function follow(id, first = () => {}) {
@@ -105,7 +105,7 @@ function stageOf({ signal, keepSeed, changed }) {
         pictures.replaceChildren(gallery(task, mine, keep));
       }
       before = task;
-    }, mine);
+    }, mine, (connected) => mine.aborted || progress.told(connected));
   }
 
   return { element, follow };

@@ -21,7 +21,7 @@ export async function show(main, account, signal, id) {
   const page = pageOf(id, signal);
   main.append(page.element);
   try {
-    let task = await followTask(id, page.draw, signal);
+    let task = await followTask(id, page.draw, signal, page.told);
     while (!signal.aborted && task.webhook?.deliveries.some(({ state }) => state === "pending")) {
       await new Promise((resolve) => setTimeout(resolve, DELIVERIES_MS));
       if (!document.hidden) page.draw((task = await get(`api/status/${id}`, signal).catch(() => task)));
@@ -60,11 +60,11 @@ function pageOf(id, signal) {
 
   const element = h("div", { class: "stack" },
     h("div", { class: "row heading" }, h("h1", {}, `${title} `, h("code", { class: "id" }, id)), state, h("span", { class: "row actions" }, buttons.elements)),
-    progress.heard,
+    progress.heard, progress.lost,
     h("div", { class: "task-page" },
       h("div", { class: "stack" }, told, h("section", { class: "result" }, progress.element, pictures), card("Time", times), card("Attempts", tries)),
       h("div", { class: "stack" }, asked, hooks)));
-  return { element, draw };
+  return { element, draw, told: progress.told };
 }
 
 const card = (name, ...content) => h("section", { class: "card", "aria-label": name }, h("h2", {}, name), ...content);

@@ -1,23 +1,19 @@
 // One task as it goes on: its stream of events, and while it waits its place in line, which no event tells.
 
 import { follow, get, persist } from "../api.js";
-import { notice } from "../dom.js";
 
 const PLACE_MS = 2000;
 const ENDS = ["succeeded", "failed", "canceled", "expired"];
 
 /** Call `on(task)` with the task's status now and whenever it has changed, the last time with its end, and return that.
+ *  `tell(connected)`: whether that is heard of, as follow() does.
  *  `task.progress.preview` is the last one there was. Throws the Problem of a task that is not there. */
-export async function followTask(id, on, signal) {
-  let told = false;
-  const missed = (error) => {
-    if (!told) notice(error.message, "bad");
-    told = true;
-  };
-  let task = await persist(() => get(`api/status/${id}`, signal), { signal, missed });
+export async function followTask(id, on, signal, tell = () => {}) {
+  let task = await persist(() => get(`api/status/${id}`, signal), { signal, missed: () => tell(false) });
+  tell(true);
   on(task);
   if (ENDS.includes(task.status)) return task;
-  const tell = (change) => {
+  const note = (change) => {
     const preview = change.progress?.preview ?? task.progress.preview;
     task = { ...task, ...change };
     task.progress = { ...task.progress, preview };
@@ -26,15 +22,15 @@ export async function followTask(id, on, signal) {
   const timer = setInterval(async () => {
     if (task.status !== "queued" || document.hidden) return;
     const now = await get(`api/status/${id}`, signal).catch(() => null); // the stream tells what is wrong
-    if (now?.status === "queued" && task.status === "queued") tell({ position: now.position, eta_seconds: now.eta_seconds });
+    if (now?.status === "queued" && task.status === "queued") note({ position: now.position, eta_seconds: now.eta_seconds });
   }, PLACE_MS);
   const hear = (event, data) => {
-    if (event === "progress") tell({ progress: data });
-    else tell(data);
+    if (event === "progress") note({ progress: data });
+    else note(data);
     return !ENDS.includes(event);
   };
   try {
-    await follow(`api/tasks/${id}/events`, hear, signal);
+    await follow(`api/tasks/${id}/events`, hear, signal, tell);
   } finally {
     clearInterval(timer);
   }

@@ -6,12 +6,14 @@ import { frame } from "./pictures.js";
 
 const TOLD = 4; // times that a screen reader hears of a run's steps
 
-/** Return {element, draw(task)}. The element hides itself once the task has ended. */
+/** Return {element, heard, lost, draw(task), told(connected)}. The element hides itself once the task has ended; `lost`
+ *  says that nothing is heard of it meanwhile. */
 export function progressOf() {
   const bar = h("progress", { "aria-label": "Progress" });
   const text = h("p", { class: "number progress-text" });
   const preview = h("img", { class: "preview", alt: "Preview of the picture", hidden: true });
   const heard = h("p", { class: "visually-hidden", role: "status" });
+  const lost = h("p", { class: "bad", role: "status" });
   const canvas = h("div", { class: "canvas" }, preview);
   const element = h("div", { class: "progress", hidden: true }, canvas, bar, text);
   let said = "";
@@ -37,7 +39,9 @@ export function progressOf() {
     said = words;
   }
 
-  return { element, heard, draw };
+  const told = (connected) => say(lost, connected ? "" : "Connection lost, trying again. What is shown may be old.");
+
+  return { element, heard, lost, draw, told };
 }
 
 function waiting({ position, eta_seconds: eta }) {
