@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from common.broker import Broker
 from common.connection import FOREVER
-from common.errors import FleetError
+from common.errors import FleetError, StorageFull
 from common.schemas import ImageRef, StageTimings, TaskError
 from common.storage.base import BaseStorage, attempt_folder
 from common.telemetry import get_logger
@@ -26,8 +26,13 @@ from worker.held import HeldTask
 log = get_logger()
 
 THREADS = 2
-STORE_TRIES = 5
+STORE_TRIES = 5  # for want of room; housekeeping may make some
+OUTAGE_TRIES = (
+    12  # of a storage that does not answer: about a minute. Finished pictures are worth that, and the backlog
+)
+#   of those that wait keeps the worker from claiming more
 STORE_WAIT_S = 0.5  # between the first two; doubles from there
+STORE_LONGEST_WAIT_S = 8.0
 
 
 class Committer:
@@ -177,7 +182,9 @@ class Committer:
                 break
             except FleetError as error:
                 log.warning("store_failed", **task.about, code=error.code, tries=tries)
-                if tries == STORE_TRIES or not self._rest(STORE_WAIT_S * 2 ** (tries - 1)):
+                most = STORE_TRIES if isinstance(error, StorageFull) else OUTAGE_TRIES
+                wait_s = min(STORE_WAIT_S * 2 ** (tries - 1), STORE_LONGEST_WAIT_S)
+                if tries == most or not self._rest(wait_s):
                     raise
         return ImageRef(
             key=key,

@@ -156,12 +156,12 @@ def test_a_storage_that_fails_for_good_fails_the_task_with_its_reason(
     assert (record.error.code, record.error.retryable) == ("storage_error", True)
 
 
-def test_a_storage_that_fails_once_is_tried_again(
+def test_a_storage_that_is_away_for_a_while_is_tried_again(
     broker: Broker, settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.commit.STORE_WAIT_S", 0.0)
     store = open_storage(settings)
-    put, failures = store.put, iter([StorageError("full")])
+    put, failures = store.put, iter([StorageError("away")] * 8)
 
     def flaky(key: str, data: bytes) -> None:
         for failure in failures:
