@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -17,6 +18,11 @@ from common.settings import Settings, load_settings
 from tests.servers import RedisServer
 
 SubmitFn = Callable[..., str]
+
+# Several test processes share the cores; torch's threads would wait for each other at every small step. Workers that
+# tests start read the same.
+for variable in ("OMP_NUM_THREADS", "ZFLEET_CPU_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 
 @pytest.fixture(scope="session")

@@ -42,8 +42,13 @@ def test_the_larger_worker_makes_what_is_too_large_for_the_smaller(
 
 
 def test_a_small_worker_waits_for_a_larger_one_quietly_and_no_longer_than_there_is_one(
-    broker: Broker, small: WorkerServer, card: Callable[[str], WorkerCard], redis_server: RedisServer
+    broker: Broker,
+    settings: Settings,
+    small: WorkerServer,
+    card: Callable[[str], WorkerCard],
+    redis_server: RedisServer,
 ) -> None:
+    hasty = Broker(settings.model_copy(update={"beat_s": 1.0}))  # its cards are soon forgotten
     larger = card("larger").model_copy(update={"models": ["pico"], "max_pixels": {"pico": 256 * 256}})
 
     def calls() -> int:
@@ -51,9 +56,9 @@ def test_a_small_worker_waits_for_a_larger_one_quietly_and_no_longer_than_there_
 
     with small:
         ready_workers(broker)
-        broker.beat(larger, [], 60)
+        hasty.beat(larger, [], 60)
         time.sleep(2.5)  # until it is known to the small one
-        broker.beat(larger, [], 60)
+        hasty.beat(larger, [], 60)
         (large,) = submit_many(broker, 1, **LARGE)
         before = calls()
         time.sleep(1.0)
