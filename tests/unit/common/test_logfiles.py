@@ -20,6 +20,8 @@ from common import logfiles, telemetry
 from common.settings import load_settings
 logfiles.ROTATE_BYTES, logfiles.ROTATE_KEEP = 20_000, 3
 telemetry.configure(load_settings({"log_dir": Path(sys.argv[1])}), "test", worker=sys.argv[2])
+print("open", flush=True)
+sys.stdin.readline()  # until all have a file: one that has ended gives its own back
 log = telemetry.get_logger()
 for number in range(int(sys.argv[3])):
     log.info("happened", number=number)
@@ -30,9 +32,17 @@ for number in range(int(sys.argv[3])):
 
 def test_several_processes_rotate_their_own_files_and_tear_no_line(tmp_path: Path) -> None:
     children = [
-        subprocess.Popen([sys.executable, "-c", WRITES, str(tmp_path), f"w{nth}", str(LINES)]) for nth in range(3)
-    ]
-    assert [child.wait(60) for child in children] == [0, 0, 0]
+        subprocess.Popen(
+            [sys.executable, "-c", WRITES, str(tmp_path), f"w{nth}", str(LINES)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for nth in range(3)
+    ]  # fmt: skip
+    for child in children:
+        assert child.stdout and child.stdout.readline() == "open\n"
+    for child in children:
+        child.communicate("go\n", timeout=60)
+    assert [child.returncode for child in children] == [0, 0, 0]
     for slot in range(3):
         files = sorted(tmp_path.glob(f"test-{slot}.log*"), key=_age)
         assert len(files) == 4
