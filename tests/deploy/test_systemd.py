@@ -38,8 +38,10 @@ def stack() -> Iterator[contextlib.ExitStack]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The units as on a machine where zfleet is installed, but in a folder of their own."""
     folder = tmp_path_factory.mktemp("units")
+    program = tmp_path_factory.mktemp("bin") / "zfleet"
+    program.symlink_to(sys.executable)  # whose own path may have a space, which a unit would have to quote
     for path in units.FOLDER.iterdir():
-        text = path.read_text("utf-8").replace("/opt/zfleet/bin/zfleet", sys.executable)
+        text = path.read_text("utf-8").replace("/opt/zfleet/bin/zfleet", str(program))
         (folder / path.name).write_text(text)
     return folder
 
