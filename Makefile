@@ -36,7 +36,7 @@ test: .venv/.develops servers ## all tests, or some: TESTS="tests/unit -k client
 	@if [ -n "$$TESTS" ]; then exec $(RUN) pytest $$TESTS; fi; \
 	$(RUN) pytest -n 2 --dist loadfile tests/unit tests/contract tests/test_architecture.py && \
 	$(RUN) pytest -n 3 --dist loadfile tests/integration tests/browser tests/deploy && \
-	exec $(RUN) pytest -n 3 --dist loadfile tests/faults # these mostly wait
+	exec $(RUN) pytest -n 2 --dist loadfile tests/faults
 
 check: .venv/.develops ## style, types, and who may import whom
 	@$(RUN) ruff check .

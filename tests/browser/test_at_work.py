@@ -41,11 +41,12 @@ def test_the_dashboard_of_a_fleet_at_work(visit: Callable[..., Visit], fleet: Fl
     seen = visit()
     seen.url = gateway
     seen.open(fleet.admin, "#/fleet")
+    (long,) = submit(fleet, 1, model="slow", steps=40)  # so that there is a run to be seen
     ids = [*submit(fleet, 20, steps=20), *submit(fleet, 2, model="pico", steps=8)]
     page = seen.page
     drawn = _drawn(page)
     _cards_say_what_others_say(page, fleet, gateway)
-    _cancel_and_retry(page, fleet, gateway, submit(fleet, 1, model="slow", steps=40)[0])
+    _cancel_and_retry(page, fleet, gateway, long)
     ids += submit(fleet, 20)
     _pause(page, seen, fleet, ids)
     _paused_cards_say_what_others_say(page, seen, fleet, gateway)
