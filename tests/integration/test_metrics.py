@@ -102,8 +102,8 @@ def test_every_process_tells_exactly_what_all_have_answered(fleet: Fleet) -> Non
 
 
 def test_steps_are_told_with_how_many_advanced_together(fleet: Fleet) -> None:
-    tasks = submit_many(fleet.broker, 5, n=2, steps=8)
     before = figure(scrape(fleet.gateway.url), "zfleet_steps_total")
+    tasks = submit_many(fleet.broker, 5, n=2, steps=8)
     await_final(fleet.broker, tasks)
     eventually(
         lambda: figure(scrape(fleet.gateway.url), "zfleet_steps_total") >= before + 5 * 2 * 8, within_s=5, every_s=0.2
