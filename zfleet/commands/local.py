@@ -153,7 +153,7 @@ def _welcome(stack: Stack) -> str:
     key = ' -H "Authorization: Bearer $ZFLEET_API_KEY"' if stack.guarded else ""
     return f"""
 zfleet is up: {", ".join(settings.models)}
-  API    {settings.url}   (its pages: /docs)
+  API    {settings.url}   (in a browser: the dashboard; /docs: the calls)
   Redis  {mask_url(settings.redis_url)}
   Data   {settings.data_dir}   (logs: {stack.log_dir})
 
