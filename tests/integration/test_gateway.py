@@ -243,7 +243,9 @@ def test_a_body_over_the_limit_is_refused_and_the_connection_survives(
 
 
 def test_without_redis_it_says_so_and_recovers_by_itself(own_redis: RedisServer, tmp_path: Path) -> None:
-    settings = load_settings({"redis_url": own_redis.url, "data_dir": tmp_path, "models": ("simulated",)})
+    settings = load_settings(
+        {"redis_url": own_redis.url, "data_dir": tmp_path, "models": ("simulated",), "redis_patience_s": 1.0}
+    )  # so that the outage ends before whoever waits looks by himself
     with Gateway(settings, tmp_path / "gateway.log") as gateway, ThreadPoolExecutor() as pool:
         task_id = gateway.submit()
         waiting = pool.submit(gateway.status, task_id, 30)
