@@ -22,7 +22,7 @@ from gateway.api import NO_STORE, Api, json_answer
 from gateway.described import EVENT
 
 LOOK_EVERY_S = 1.0
-LOOK_LATEST_S = 3.0
+LOOK_LATEST_S = 3.0  # however long a look takes
 MOST_OF_A_CORE = 0.03  # that looking takes: a fleet of very many queues is looked at less often
 SILENCE_S = 15.0  # a viewer hears something at least this often
 RETRY_MS = 2000  # after which a viewer should come back

@@ -23,6 +23,7 @@ from tests.receivers import Receiver
 from tests.servers import RedisServer, eventually
 from worker.pico.judge import judge
 from worker.pico.scenes import Scene, Thing
+from zfleet.commands.local import DEMO_PROMPT
 
 PAIR = Scene((Thing("square", "red", place="left"), Thing("circle", "green", place="right")), "grey")
 PARTS = 5  # guardian, Redis, gateway, courier, worker: what a stack starts itself
@@ -224,9 +225,10 @@ def test_it_works_from_a_path_with_a_space_and_beside_folders_of_the_same_names(
     ("prompt", "scene"),
     [
         ("左边红色方形,右边绿色圆形,灰色背景", PAIR),
+        (DEMO_PROMPT, Scene((Thing("circle", "red", place="left"), Thing("square", "blue", place="right")))),
         ('它说 "hi" & $HOME', None),
     ],
-    ids=["chinese", "quotes"],
+    ids=["chinese", "default", "quotes"],
 )
 def test_the_demo_paints_with_pico_and_stops_everything(tmp_path: Path, prompt: str, scene: Scene | None) -> None:
     env = environment(data_dir=tmp_path / "data") | {"TMPDIR": str(tmp_path)}
