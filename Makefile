@@ -34,9 +34,10 @@ up: .venv/.runs ## the fleet, until Ctrl-C: MODEL=pico WORKERS=1
 
 test: .venv/.develops servers ## all tests, or some: TESTS="tests/unit -k client"
 	@if [ -n "$$TESTS" ]; then exec $(RUN) pytest $$TESTS; fi; \
-	$(RUN) pytest -n 2 --dist loadfile tests/unit tests/contract tests/test_architecture.py && \
-	$(RUN) pytest -n 3 --dist loadfile tests/integration tests/browser tests/deploy && \
-	exec $(RUN) pytest -n 2 --dist loadfile tests/faults
+	$(RUN) pytest -n 3 --dist loadfile -m "not gpu and not alone" tests/unit tests/contract tests/test_architecture.py && \
+	$(RUN) pytest -n 4 --dist loadfile -m "not gpu and not alone" tests/integration tests/browser tests/deploy && \
+	$(RUN) pytest -n 3 --dist loadfile -m "not gpu and not alone" tests/faults && \
+	exec $(RUN) pytest -m alone tests
 
 check: .venv/.develops ## style, types, and who may import whom
 	@$(RUN) ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from common.problem import Problem
 from common.settings import Settings
 from gateway import dialects
 from gateway.api import Api
-from gateway.app import create_app
+from gateway.app import close, create_app
 from tests.tenants import bearer, new_key
 
 
@@ -80,9 +80,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def app(name: str, settings: Settings, broker: Broker) -> OpenAPI:
+def app(name: str, settings: Settings, broker: Broker) -> Iterator[OpenAPI]:
     """A gateway that speaks this dialect alone."""
-    return create_app(settings.model_copy(update={"dialects": (name,)}), broker)
+    app = create_app(settings.model_copy(update={"dialects": (name,)}), broker)
+    yield app
+    close(app)
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ def test_outliers_and_steps() -> None:
         trend([0, 1], [0, 1], 1)
 
 
+@pytest.mark.alone
 def test_a_short_soak(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if not LONG:  # enough samples for a trend, and records that are gone soon enough for their number to level off
         monkeypatch.setattr(soak, "SAMPLE_S", 1.0)

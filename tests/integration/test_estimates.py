@@ -58,6 +58,7 @@ def error_of(broker: Broker, task: Submitted) -> float:
     return abs(actual - task.eta_seconds) / actual
 
 
+@pytest.mark.alone
 def test_half_of_the_estimates_under_steady_load_are_within_a_fifth(fleet: Broker) -> None:
     kinds = itertools.cycle([(SIDES[0], "a"), (SIDES[1], "a"), (SIDES[1], "b"), (SIDES[0], "b")])
     await_final(fleet, [submitted(fleet, *next(kinds)).task_id for _ in range(4)])  # from which the pace is learned

@@ -18,6 +18,7 @@ from common.settings import load_settings
 from tests.integration.hardened import Front, front
 from tests.servers import RedisServer
 
+pytestmark = pytest.mark.alone
 SLOW = 200
 ASKED = 150
 DRIP_S = 1.0
@@ -146,7 +147,7 @@ SERVERS = pytest.mark.parametrize("server", [0, 1], ids=["gateway", "nginx"])
 
 @SERVERS
 def test_others_hardly_notice_slow_clients(siege: Siege, server: int) -> None:
-    # goal: twice; the rest is what a busy machine of two cores adds to either
+    # goal: twice; the rest is what 150 answers tell of a hundredth of them
     print(f"p99 {siege.before_ms[server]:.1f} ms before, {siege.during_ms[server]:.1f} ms during")
     assert siege.during_ms[server] < 2 * siege.before_ms[server] + 25, (siege.before_ms, siege.during_ms)
 

@@ -23,7 +23,7 @@ from common.outbox import TRIES
 from common.schemas import Delivery
 from common.settings import Settings, child_environment
 from common.storage import open_storage
-from gateway.app import create_app
+from gateway.app import close, create_app
 from gateway.webhooks import courier as module
 from gateway.webhooks import signing
 from gateway.webhooks.courier import Courier
@@ -50,8 +50,10 @@ def there(settings: Settings, receiver: Receiver) -> Settings:
 
 
 @pytest.fixture
-def client(there: Settings, broker: Broker) -> FlaskClient:
-    return create_app(there, broker).test_client()
+def client(there: Settings, broker: Broker) -> Iterator[FlaskClient]:
+    app = create_app(there, broker)
+    yield app.test_client()
+    close(app)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from flask_openapi3.openapi import OpenAPI
 from common.broker import Broker
 from common.settings import Settings
 from common.storage import open_storage
-from gateway.app import create_app
+from gateway.app import close, create_app
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
 from tests.unit.gateway.fake_worker import FakeWorker
@@ -19,8 +19,10 @@ from tests.unit.gateway.openai_calls import Diligent
 
 
 @pytest.fixture
-def app(settings: Settings, broker: Broker) -> OpenAPI:
-    return create_app(settings, broker)
+def app(settings: Settings, broker: Broker) -> Iterator[OpenAPI]:
+    app = create_app(settings, broker)
+    yield app
+    close(app)  # else what listens to Redis goes on beside the tests that follow
 
 
 @pytest.fixture

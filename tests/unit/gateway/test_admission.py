@@ -19,7 +19,7 @@ from common.broker import Broker
 from common.problem import Problem
 from common.settings import Settings
 from gateway import admission, dialects
-from gateway.app import create_app
+from gateway.app import close, create_app
 from tests.servers import RedisServer
 from tests.tenants import bearer, new_key, revoke
 from tests.unit.gateway.fake_worker import FakeWorker
@@ -30,9 +30,11 @@ LIMITS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 
 
 @pytest.fixture
-def app(settings: Settings, broker: Broker) -> OpenAPI:
+def app(settings: Settings, broker: Broker) -> Iterator[OpenAPI]:
     """A gateway that speaks every dialect."""
-    return create_app(settings.model_copy(update={"dialects": registry.discover(dialects)}), broker)
+    app = create_app(settings.model_copy(update={"dialects": registry.discover(dialects)}), broker)
+    yield app
+    close(app)
 
 
 def submit(client: FlaskClient, key: str, **fields: object) -> TestResponse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from flask.testing import FlaskClient
@@ -15,7 +15,7 @@ from common.settings import Settings
 from common.storage.base import BaseStorage
 from common.storage.local import Storage
 from gateway import diskguard
-from gateway.app import create_app
+from gateway.app import close, create_app
 from gateway.diskguard import DiskGuard
 from tests.unit.gateway.fake_worker import FakeWorker
 
@@ -53,7 +53,7 @@ def filled(storage: Disk, settings: Settings, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def client(storage: Disk, settings: Settings, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> FlaskClient:
+def client(storage: Disk, settings: Settings, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlaskClient]:
     """A gateway over that disk."""
 
     def open_it(_: Settings) -> BaseStorage:
@@ -61,7 +61,9 @@ def client(storage: Disk, settings: Settings, broker: Broker, monkeypatch: pytes
 
     monkeypatch.setattr("gateway.app.open_storage", open_it)
     monkeypatch.setattr(diskguard, "LOOK_EVERY_S", 0.0)
-    return create_app(settings, broker).test_client()
+    app = create_app(settings, broker)
+    yield app.test_client()
+    close(app)
 
 
 def test_it_pauses_at_one_mark_and_resumes_below_another(filled: Callable[[float | None], str]) -> None:

@@ -18,7 +18,7 @@ from common.settings import Settings
 from common.storage import open_storage
 from common.storage.base import attempt_folder
 from tests.conftest import SubmitFn
-from tests.servers import RedisServer
+from tests.servers import RedisServer, eventually
 from tests.tenants import bearer, new_key
 from tests.unit.gateway.fake_worker import FakeWorker
 
@@ -126,7 +126,7 @@ def test_a_purge_takes_what_expired_and_forged_jobs_and_nothing_else(
     client: FlaskClient, broker: Broker, worker: FakeWorker, submit: SubmitFn, redis_server: RedisServer
 ) -> None:
     late = submit(deadline_s=0.001)
-    broker.expire()
+    eventually(broker.expire)
     redis_server.client.rpush("rq:queue:simulated.normal.default", "forged")
     redis_server.client.hset("rq:job:forged", "data", "x")
     done = submit()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from flask.testing import FlaskClient
@@ -14,7 +14,7 @@ from common import inputs, registry
 from common.broker import Broker
 from common.settings import Settings
 from gateway import dialects, submission
-from gateway.app import create_app
+from gateway.app import close, create_app
 from tests.samples import encoded
 from tests.tenants import bearer, new_key
 from tests.unit.gateway.fake_worker import FakeWorker
@@ -46,9 +46,11 @@ CALLS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
 
 
 @pytest.fixture
-def app(settings: Settings, broker: Broker) -> OpenAPI:
+def app(settings: Settings, broker: Broker) -> Iterator[OpenAPI]:
     """A gateway that speaks every dialect."""
-    return create_app(settings.model_copy(update={"dialects": registry.discover(dialects)}), broker)
+    app = create_app(settings.model_copy(update={"dialects": registry.discover(dialects)}), broker)
+    yield app
+    close(app)
 
 
 @pytest.fixture

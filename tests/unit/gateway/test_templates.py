@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from common.schemas import GenerateRequest
 from common.settings import Settings, load_settings
 from common.templates import TemplateView
 from gateway import fields, submission, templates
-from gateway.app import create_app
+from gateway.app import close, create_app
 from tests.samples import encoded
 from tests.unit.gateway.fake_worker import FakeWorker
 
@@ -60,8 +60,10 @@ def write(settings: Settings, tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def client(write: Write) -> FlaskClient:
-    return create_app(write()).test_client()
+def client(write: Write) -> Iterator[FlaskClient]:
+    app = create_app(write())
+    yield app.test_client()
+    close(app)
 
 
 def submit(client: FlaskClient, **fields: Any) -> dict[str, Any]:
