@@ -17,7 +17,7 @@ from common.schemas import TaskError
 from common.telemetry import get_logger, lines_about
 from worker.batches import Batches
 from worker.heartbeat import Heartbeat, InHand, Stage
-from worker.held import HeldTask, Outcome, Picture
+from worker.held import HeldTask, Outcome, Picture, note_step
 from worker.loans import Loans, Models
 from worker.pipelines.base import ImageRequest
 from worker.previewing import show
@@ -285,8 +285,10 @@ class Engine:
         model = batch[0].model
         pipeline = self._models.pipeline(model)
         self._heartbeat.busy([task.in_hand for task in dict.fromkeys(picture.task for picture in batch)])
+        began = time.perf_counter()
         try:
             pipeline.step([picture.run for picture in batch])
+            note_step(batch, began)
             return
         except DeviceFailed:
             raise

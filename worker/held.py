@@ -15,7 +15,7 @@ from common.records import Claimed, Fuse, Hold, Verdict
 from common.schemas import TaskError
 from worker.heartbeat import InHand
 from worker.pipelines.base import ImageRequest, Lora, Run
-from worker.traces import Trace
+from worker.traces import Step, Trace
 
 Outcome = Literal["succeeded", "failed", "canceled", "released", "lost"]
 
@@ -126,3 +126,10 @@ class Picture:
     @property
     def model(self) -> str:
         return self.task.claimed.request.model
+
+
+def note_step(batch: Sequence[Picture], began: float) -> None:
+    """Tell the traces of these pictures' tasks, where there are any, of the step they have just done together."""
+    for picture in batch:
+        if (trace := picture.task.trace) is not None:
+            trace.stepped(picture.index, Step(picture.run.step, began, time.perf_counter(), len(batch)))

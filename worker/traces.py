@@ -1,13 +1,13 @@
 """A task's attempts in its trace: who waited, who was at what and since when. Told once an attempt has ended.
 
-So it costs a worker two clock readings a stage, and a run that advances nothing: its steps are a number, not spans.
+So it costs a worker two clock readings a stage, and two a step; the spans are made in the committer's thread.
 """
 
 from __future__ import annotations
 
 import time
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from common import tracing
 from common.broker import Broker
@@ -23,6 +23,15 @@ MS = 1_000_000
 FAILED = ("failed", "crashed", "lost")  # outcomes of an attempt that are errors, whatever their code
 
 
+class Step(NamedTuple):
+    """A denoising step of a picture, as the pipeline counts it. Moments are on time.perf_counter's clock."""
+
+    number: int  # from 1
+    began: float
+    ended: float
+    batch: int  # pictures that advanced together
+
+
 class Trace:
     """When a task was at what. Moments are on time.perf_counter's clock."""
 
@@ -32,10 +41,17 @@ class Trace:
         self._taken = time.perf_counter()
         self._epoch_ns = time.time_ns() - int(self._taken * NS)
         self._stages: dict[tuple[str, int | None], tuple[float, float]] = {}
+        self._steps: dict[int, list[Step]] = {}  # by picture
 
     def was_at(self, stage: str, began: float, ended: float, picture: int | None = None) -> None:
         """Note a stage of the task, or of one of its pictures; the last time counts."""
         self._stages[stage, picture] = (began, ended)
+        if stage == "encode" and picture is not None:
+            self._steps[picture] = []  # it is begun, perhaps anew
+
+    def stepped(self, picture: int, step: Step) -> None:
+        """Note a step that one of its pictures has done."""
+        self._steps[picture].append(step)
 
     def tell(self, task: HeldTask, worker: str, stages: StageTimings) -> None:
         """Make the spans of this attempt, which ends now."""
@@ -52,6 +68,8 @@ class Trace:
         for (stage, picture), (began, ended) in self._stages.items():
             which = {} if picture is None else {"zfleet.picture": picture}
             span = self._spans.start(stage, attempt, at_ns=self._at(began), attributes=which)
+            if stage == "denoise" and picture is not None:
+                self._tell_steps(span, picture)
             span.end(at_ns=self._at(ended))
         attempt.end(error=task.error.code if task.error else "failed" if task.outcome in FAILED else "")
 
@@ -62,6 +80,15 @@ class Trace:
             if encoded := self._stages.get(("encode", index)):
                 decoded = self._stages.get(("decode", index))
                 self._stages["denoise", index] = (encoded[1], max(encoded[1], decoded[0] if decoded else stopped))
+
+    def _tell_steps(self, denoise: Span, picture: int) -> None:
+        steps = self._claimed.request.steps
+        for step in self._steps[picture]:
+            attributes = {
+                "zfleet.picture": picture, "zfleet.step": step.number, "zfleet.steps": steps, "zfleet.batch": step.batch
+            }  # fmt: skip
+            span = self._spans.start("step", denoise, at_ns=self._at(step.began), attributes=attributes)
+            span.end(at_ns=self._at(step.ended))
 
     def _at(self, moment: float) -> int:
         return self._epoch_ns + int(moment * NS)

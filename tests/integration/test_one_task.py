@@ -30,6 +30,7 @@ REQUEST = "seen-from-end-to-end"
 PROMPT = "a secret nobody logs"
 TRACE, CLIENTS = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 FINISHED = ("finish", "store")
+STAGES = ["encode", "denoise", "decode", "store", "finish"]
 
 
 class Followed:
@@ -145,13 +146,15 @@ def test_all_of_it_is_one_trace_with_the_right_parents(followed: Followed) -> No
     first, second = children[1], children[3]
     assert [span for span in spans if span.parent_id == first.span_id] == [], "it died with its worker"
     stages = [span for span in spans if span.parent_id == second.span_id]
-    assert [span.name for span in stages] == ["encode", "denoise", "decode", "store", "finish"]
-    assert len(spans) == 1 + len(children) + len(stages)
+    assert [span.name for span in stages] == STAGES
+    (denoise,) = [span for span in stages if span.name == "denoise"]
+    steps = [span for span in spans if span.parent_id == denoise.span_id]
+    assert [(span.name, span.attributes["zfleet.step"]) for span in steps] == [("step", k) for k in range(1, 9)]
+    assert len(spans) == 1 + len(children) + len(stages) + len(steps)
     assert all(
         earlier.ended_ns <= later.ended_ns and earlier.began_ns <= earlier.ended_ns for earlier, later in _pairs(stages)
     )
     assert all(second.began_ns <= span.began_ns and span.ended_ns <= second.ended_ns for span in stages)
-    (denoise,) = [span for span in stages if span.name == "denoise"]
     assert 700 < (denoise.ended_ns - denoise.began_ns) / 1e6 < 30_000
 
 
@@ -160,7 +163,7 @@ def test_the_spans_say_whose_they_are_and_what_went_wrong(followed: Followed) ->
     by_name = [(span.name, span.resource["service.name"]) for span in followed.spans]
     assert set(by_name) == {
         ("POST /api/submit", "zfleet-gateway"), ("attempt", "zfleet-supervisor"), ("queued", "zfleet-supervisor"),
-        *((name, "zfleet-worker") for name in ("queued", "attempt", "encode", "denoise", "decode", "store", "finish")),
+        *((name, "zfleet-worker") for name in ("queued", "attempt", *STAGES, "step")),
     }  # fmt: skip
     server = followed.spans[0]
     assert server.attributes == {

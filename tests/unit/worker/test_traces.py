@@ -64,9 +64,12 @@ def claim(broker: Broker) -> HeldTask:
     return HeldTask(claimed=claimed, deadline=None, trace=traces.begin(claimed))
 
 
-def run(broker: Broker, settings: Settings, store: object = None) -> HeldTask:
+def run(broker: Broker, settings: Settings, store: object = None, **beside: object) -> HeldTask:
+    """Carry out the task in line, with another that is not traced if `beside` has something of its request."""
     task, bench = claim(broker), Bench()
     bench.engine.offer(task)
+    if beside:
+        bench.offer(1, **beside)
     bench.run()
     committer = Committer("w1", broker, store or open_storage(settings), committed=lambda _: None)  # type: ignore[arg-type]
     committer.commit(task)
@@ -94,6 +97,41 @@ def test_each_picture_has_its_stages(
     assert by_picture == [(-1, "finish"), (-1, "store")] + [
         (picture, stage) for picture in (0, 1) for stage in ("decode", "denoise", "encode")
     ]
+
+
+def steps(spans: list[Told]) -> list[tuple[int, int]]:
+    """Return which steps there are, and how many pictures each advanced."""
+    return [(span.attributes["zfleet.step"], span.attributes["zfleet.batch"]) for span in spans if span.name == "step"]
+
+
+def test_each_step_has_its_time_within_its_pictures_denoising(
+    broker: Broker, settings: Settings, submit: Callable[..., str], told: Callable[[], list[Told]]
+) -> None:
+    submit(steps=3)
+    run(broker, settings, steps=2)
+    spans = told()
+    (denoise,) = [span for span in spans if span.name == "denoise"]
+    made = [span for span in spans if span.name == "step"]
+    assert steps(spans) == [(1, 2), (2, 2), (3, 1)]
+    assert {span.parent_id for span in made} == {denoise.span_id}
+    assert {(span.attributes["zfleet.picture"], span.attributes["zfleet.steps"]) for span in made} == {(0, 3)}
+    moments = [moment for span in made for moment in (span.began_ns, span.ended_ns)]
+    assert moments == sorted(moments) and denoise.began_ns <= moments[0] and moments[-1] <= denoise.ended_ns
+
+
+@pytest.mark.parametrize(
+    ("prompt", "beside", "again"),
+    [("a fox", {"prompt": "break step"}, False), ("crowded finish", {"steps": 9}, True)],
+    ids=["a neighbour's error", "no memory in a crowd"],
+)
+def test_a_step_that_failed_is_none_and_a_picture_begun_anew_has_its_last_steps(
+    prompt: str, beside: dict[str, object], again: bool,
+    broker: Broker, settings: Settings, submit: Callable[..., str], told: Callable[[], list[Told]],
+) -> None:  # fmt: skip
+    submit(steps=3, prompt=prompt)
+    task = run(broker, settings, **beside)
+    assert (task.alone, task.outcome) == (again, "succeeded")
+    assert steps(told()) == [(1, 1), (2, 1), (3, 1)]
 
 
 def test_what_fails_says_by_which_code(
