@@ -1,12 +1,14 @@
-"""LoRAs that a task names."""
+"""LoRAs that a task names, and the files that its names may stand for."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 LORAS_MAX = 4  # of one task
+SUFFIX = ".safetensors"
 LORA_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -24,3 +26,13 @@ class LoraChoice(BaseModel):
         if not re.fullmatch(LORA_NAME, name):
             raise ValueError("must be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit")
         return name
+
+
+def lora_files(folder: Path) -> dict[str, Path]:
+    """Return by name the regular files right inside the folder; links count where they lead to a place within it.
+
+    Raises OSError.
+    """
+    root = folder.resolve(strict=True)
+    paths = [path for path in root.iterdir() if path.suffix == SUFFIX and re.fullmatch(LORA_NAME, path.stem)]
+    return {path.stem: path for path in paths if path.is_file() and path.resolve().is_relative_to(root)}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UnknownLora
-from common.loras import LORA_NAME, LoraChoice
+from common.loras import LoraChoice, lora_files
 from worker.pipelines.base import Lora
-
-SUFFIX = ".safetensors"
 
 
 def available(folder: Path | None) -> tuple[str, ...]:
@@ -34,12 +31,7 @@ def resolve(folder: Path | None, choices: Sequence[LoraChoice]) -> tuple[Lora, .
 
 
 def _files(folder: Path | None) -> dict[str, Path]:
-    """Return by name the regular files right inside the folder; links count where they lead to a place within it."""
-    if folder is None:
-        return {}
     try:
-        root = folder.resolve(strict=True)
-        paths = [path for path in root.iterdir() if path.suffix == SUFFIX and re.fullmatch(LORA_NAME, path.stem)]
-        return {path.stem: path for path in paths if path.is_file() and path.resolve().is_relative_to(root)}
+        return lora_files(folder) if folder is not None else {}
     except OSError:
         return {}

@@ -27,7 +27,7 @@ def doctor(nginx_config: Path | None, checksums: bool, as_json: bool, url: str |
     A line for each, with the remedy. Exit code 1 when there is a problem; a warning is none.
     """
     from common.settings import load_settings
-    from zfleet.doctor import compute, edge, files, storage, store
+    from zfleet.doctor import compute, edge, files, folders, storage, store
     from zfleet.doctor.report import Patient, examine
 
     patient = Patient(settings=load_settings({"url": url}), nginx_config=nginx_config, checksums=checksums)
@@ -35,6 +35,8 @@ def doctor(nginx_config: Path | None, checksums: bool, as_json: bool, url: str |
         "compute": compute.check,
         "storage": storage.check,
         "models": files.models,
+        "loras": folders.loras,
+        "logs": folders.logs,
         "redis": store.check,
         "gateway": edge.gateway,
         "templates": edge.templates,

@@ -111,7 +111,7 @@ def whole(folder: Path, until: float) -> tuple[int, int]:
         if path.name.endswith(".index.json"):
             _require_shards(path)
         if path.suffix == ".safetensors":
-            _check_safetensors(path)
+            check_safetensors(path)
     if missing := [name for name in sums if not (folder / name).exists()]:
         raise Damaged(f"{folder / missing[0]} is missing, though {SUMS} names it")
     known = {path: total for path in files if (total := sums.get(str(path.relative_to(folder)), _blob(path)))}
@@ -161,7 +161,7 @@ def _require_shards(index: Path) -> None:
             raise Damaged(f"{index.parent / name} is missing, though {index.name} names it")
 
 
-def _check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> None:
     """Raise Damaged unless the head is sound and the file as long as that says.
 
     Eight bytes of length, little-endian, then that much JSON with each tensor's place in what follows.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -30,7 +31,7 @@ from tests.servers import RedisServer, free_port
 from tests.unit.zfleet.stub import Reply, StubGateway, problem
 from worker import pico
 from zfleet import cli
-from zfleet.doctor import compute, edge, files, storage, store
+from zfleet.doctor import compute, edge, files, folders, storage, store
 from zfleet.doctor.report import Finding, Patient, examine
 
 TURBO = load_catalogue()["turbo"]
@@ -156,6 +157,59 @@ def test_the_disk_is_that_of_the_results(settings: Settings, monkeypatch: pytest
     settings.results_dir.mkdir(parents=True)
     monkeypatch.setattr(files.os, "access", lambda path, _: path == settings.results_dir)
     assert states(storage.check(Patient(settings=settings))) == {"disk": "ok"}, "as in a container, a volume of its own"
+
+
+def logging_to(settings: Settings, folder: Path | None) -> list[Finding]:
+    found = list(folders.logs(Patient(settings=settings.model_copy(update={"log_dir": folder}))))
+    needs_a_remedy(found)
+    return found
+
+
+def test_logs_have_a_folder_with_room(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert states(logging_to(settings, None)) == {"logs": "skipped"}
+    usage = shutil.disk_usage(tmp_path)
+    for free, state in ((folders.LOG_MAX, "ok"), (folders.LOG_MAX - 1, "warning"), (folders.FULL - 1, "problem")):
+        monkeypatch.setattr(folders.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        assert states(logging_to(settings, tmp_path / "made" / "by whoever logs")) == {"logs": state}
+    assert not (tmp_path / "made").exists(), "it is only looked at"
+
+
+def test_logs_that_may_not_be_written(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a file").touch()
+    assert "is no folder" in logging_to(settings, tmp_path / "a file")[0].says
+    ours, foreign = tmp_path / "worker-0.log", tmp_path / "someone-elses.log"
+    for path in (ours, foreign):
+        path.touch()
+    for denied, state in ((foreign, "ok"), (ours, "problem"), (tmp_path, "problem")):
+        monkeypatch.setattr(folders.os, "access", lambda path, _, denied=denied: path != denied)
+        (found,) = logging_to(settings, tmp_path)
+        assert found.state == state and (state == "ok" or f"{denied} may not be written" in found.says)
+
+
+def with_loras(settings: Settings, folder: Path | None) -> list[Finding]:
+    found = list(folders.loras(Patient(settings=settings.model_copy(update={"lora_dir": folder}))))
+    assert all(one.remedy for one in found[1:])
+    return found
+
+
+def test_loras_are_looked_into(settings: Settings, tmp_path: Path, checkpoint: Path) -> None:
+    assert [one.state for one in with_loras(settings, None)] == ["skipped"]
+    folder = tmp_path / "loras"
+    (missing,) = with_loras(settings, folder)
+    assert missing.state == "problem" and missing.remedy
+    folder.mkdir()
+    assert [one.state for one in with_loras(settings, folder)] == ["warning"], "there is none"
+    shutil.copy(checkpoint / "transformer" / "a.safetensors", folder / "ink.safetensors")
+    (fine,) = with_loras(settings, folder)
+    assert (fine.state, fine.says) == ("ok", f"{folder}: 1 can be named by tasks")
+    (folder / "cut.safetensors").write_bytes((folder / "ink.safetensors").read_bytes()[:-1])
+    (folder / "no name.safetensors").symlink_to("ink.safetensors")
+    (folder / "outside.safetensors").symlink_to(checkpoint / "transformer" / "a.safetensors")
+    first, *others = with_loras(settings, folder)
+    assert (first.state, first.says) == ("ok", f"{folder}: 1 can be named by tasks")
+    assert [(one.state, one.says.split(".safetensors")[0].rpartition("/")[2]) for one in others] == [
+        ("problem", "cut"), ("warning", "no name"), ("warning", "outside"),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
