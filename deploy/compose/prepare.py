@@ -1,4 +1,4 @@
-"""Make what compose.yaml needs beside it: `.env` with new passwords, Redis' users, Nginx' configuration.
+"""Make what compose.yaml needs beside it: `.env` with new passwords, Redis' users, Nginx' configuration, S3's key.
 
 `python3 deploy/compose/prepare.py` needs the standard library only. Run again it keeps the passwords and whatever else
 was changed in `.env`, and makes the rest anew.
@@ -6,7 +6,6 @@ was changed in `.env`, and makes the rest anew.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DEPLOY = HERE.parent
 PASSWORD = re.compile(r"^([A-Z]+)_PASSWORD=(.*)$", re.MULTILINE)
+AWS = re.compile(r"^(AWS_(?:ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN))=[\"']?([^\"'\s]+)", re.MULTILINE)
 NGINX = "1.28.0"
 
 
@@ -28,12 +28,17 @@ def environment(known: str) -> str:
 
 def users(env: str) -> str:
     """Return Redis' ACL file with the passwords' digests; raises SystemExit where a user has none."""
-    acl = (DEPLOY / "redis" / "users.acl").read_text("utf-8")
-    for user, password in PASSWORD.findall(env):
-        acl = acl.replace(f"#{user}_PASSWORD_SHA256", "#" + hashlib.sha256(password.encode()).hexdigest())
-    if left := re.findall(r"#([A-Z]+)_PASSWORD_SHA256", acl):
-        sys.exit(f"{sys.argv[0]}: .env has no {left[0]}_PASSWORD; copy the line from .env.example")
-    return acl
+    command = [sys.executable, str(DEPLOY / "redis" / "users.py"), "--given"]
+    done = subprocess.run(command, input=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{done.stderr.strip()} in .env: copy the line from .env.example")
+    return done.stdout
+
+
+def aws(env: str) -> str:
+    """Return what AWS' tools read a key from; nothing where `.env` has none, as then the machine's role is asked."""
+    key = [f"{name.lower()}={value}\n" for name, value in AWS.findall(env)]
+    return "".join(["[default]\n", *key]) if key else ""
 
 
 def nginx() -> str:
@@ -56,10 +61,10 @@ def main(argv: Sequence[str]) -> None:
     made.mkdir(mode=0o700, exist_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.write(env)
-    for name, text in {"users.acl": users(env), "nginx.conf": nginx()}.items():
+    for name, text in {"users.acl": users(env), "nginx.conf": nginx(), "aws": aws(env)}.items():
         (made / name).write_text(text, "utf-8")
         (made / name).chmod(0o644)  # read by the containers' own users, through a folder that is ours alone
-    print(f"{path}, and in {made}: users.acl, nginx.conf")
+    print(f"{path}, and in {made}: users.acl, nginx.conf, aws")
 
 
 if __name__ == "__main__":

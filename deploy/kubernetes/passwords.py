@@ -7,23 +7,24 @@ Applied again it makes new ones; then everything has to be started anew, Redis f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
+import subprocess
+import sys
 from pathlib import Path
 
-USERS = Path(__file__).parents[1] / "redis" / "users.acl"
+USERS = Path(__file__).parents[1] / "redis" / "users.py"
 PARTS = ("gateway", "worker", "courier", "operator")
 HOST = "zfleet-redis:6379"
 
 
 def secret() -> dict[str, object]:
     """Return the Secret."""
-    users, urls = USERS.read_text("utf-8"), {}
-    for part in PARTS:
-        password = secrets.token_hex(32)
-        users = users.replace(f"{part.upper()}_PASSWORD_SHA256", hashlib.sha256(password.encode()).hexdigest())
-        urls[f"{part}-url"] = f"redis://{part}:{password}@{HOST}/0"
+    passwords = {part: secrets.token_hex(32) for part in PARTS}
+    given = "".join(f"{part.upper()}_PASSWORD={password}\n" for part, password in passwords.items())
+    command = [sys.executable, str(USERS), "--given"]
+    users = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True).stdout
+    urls = {f"{part}-url": f"redis://{part}:{password}@{HOST}/0" for part, password in passwords.items()}
     return {
         "apiVersion": "v1",
         "kind": "Secret",

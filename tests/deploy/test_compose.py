@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import psutil
 import pytest
 import redis
@@ -31,6 +32,8 @@ from worker import supervisor
 from zfleet.commands import serve
 
 PARTS = {"gateway": "gateway", "webhooks": "courier", "worker": "worker", "operator": "operator"}  # and Redis' users
+ON_TOP = ("compose.s3.yaml", "compose.traces.yaml")
+OPTIONAL = ("AWS_", "COMPOSE_", "OTEL_", "ZFLEET_S3_")  # what only these, or their users, know
 DRAIN_MARGIN_S = supervisor.KILL_MARGIN_S + 5
 
 
@@ -53,12 +56,16 @@ def prepare(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
+def compose(folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(OPTIONAL)}
+    command = [binary("docker-compose"), "config"]
+    return subprocess.run(command, cwd=folder, env=env | more, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def composed(prepared: Path) -> Any:
     """The services as docker-compose understands them."""
-    done = subprocess.run(
-        [binary("docker-compose"), "config"], cwd=prepared, capture_output=True, text=True, check=False
-    )
+    done = compose(prepared)
     assert (done.returncode, done.stderr) == (0, "")
     return yaml.safe_load(done.stdout)["services"]
 
@@ -170,9 +177,73 @@ def test_the_environment_file_and_the_compose_file_name_the_same(prepared: Path)
     used = set(re.findall(r"\$\{([A-Z_]+)\}", (FOLDER / "compose.yaml").read_text("utf-8")))
     example = (FOLDER / ".env.example").read_text("utf-8")
     assert used == set(re.findall(r"^([A-Z_]+)=", example, re.MULTILINE))
+    on_top = "".join((FOLDER / name).read_text("utf-8") for name in ON_TOP)
+    passed = set(re.findall(r"\$\{([A-Z0-9_]+)|^    ([A-Z0-9_]+):$", on_top, re.MULTILINE))
+    offered = set(re.findall(r"^# ([A-Z0-9_]+)=", example, re.MULTILINE))
+    assert {name for pair in passed for name in pair if name} == {
+        name for name in offered if not name.startswith(("AWS_", "COMPOSE_"))
+    }
     assert not re.search(r"PASSWORD=.", example)
     ignored = (ROOT / ".gitignore").read_text("utf-8").splitlines()
     assert {"/deploy/compose/.env", "/deploy/compose/made/"} <= set(ignored)
+
+
+@pytest.fixture
+def with_more(tmp_path: Path) -> Callable[..., Path]:
+    """A folder as after prepare.py, with further lines in its `.env`."""
+
+    def prepared_with(*lines: str) -> Path:
+        for name in ("compose.yaml", *ON_TOP):
+            shutil.copy(FOLDER / name, tmp_path)
+        shutil.copy(FOLDER / ".env.example", tmp_path / ".env")
+        with (tmp_path / ".env").open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in ("COMPOSE_FILE=" + ":".join(("compose.yaml", *ON_TOP)), *lines))
+        prepare(tmp_path)
+        return tmp_path
+
+    return prepared_with
+
+
+def test_a_bucket_and_traces_are_told_to_those_who_use_them(
+    with_more: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "COMPOSE_FILE=compose.yaml:" + ":".join(ON_TOP) in (FOLDER / ".env.example").read_text("utf-8")
+    folder = with_more(
+        "ZFLEET_S3_URL=s3://pictures", "ZFLEET_S3_REGION=eu-central-1", "AWS_ACCESS_KEY_ID=its-id",
+        "AWS_SECRET_ACCESS_KEY='its/secret+='", "OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318",
+    )  # fmt: skip
+    done = compose(folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "its/secret" not in done.stdout and "its-id" not in done.stdout
+    whole = yaml.safe_load(done.stdout)
+    plain = yaml.safe_load(compose(folder, COMPOSE_FILE="compose.yaml").stdout)["services"]
+    for name, service in whole["services"].items():
+        if name not in IMAGES:
+            assert service | {"networks": set(service["networks"])} == plain[name] | {
+                "networks": set(plain[name]["networks"])
+            }, "as without them"
+            continue
+        told = {name: value for name, value in service["environment"].items() if value is not None}
+        assert told.items() >= plain[name]["environment"].items()
+        assert (told["OTEL_EXPORTER_OTLP_ENDPOINT"], "OTEL_TRACES_SAMPLER" in told) == ("http://collector:4318", False)
+        settings = load_settings(
+            {key.removeprefix("ZFLEET_").lower(): value for key, value in told.items() if key.startswith("ZFLEET_S")}
+        )
+        assert (settings.storage, settings.s3_url, settings.s3_region) == ("s3", "s3://pictures", "eu-central-1")
+        assert service["networks"].keys() == {"fleet", "outside"}
+        assert [secret["source"] for secret in service["secrets"]] == ["aws"]
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", whole["secrets"]["aws"]["file"])
+    found = boto3.session.Session().get_credentials()
+    assert found is not None and (found.access_key, found.secret_key) == ("its-id", "its/secret+=")
+
+
+def test_a_bucket_that_is_not_named_is_missed_and_its_key_need_not_be(with_more: Callable[..., Path]) -> None:
+    folder = with_more("OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318")
+    done = compose(folder)
+    assert done.returncode != 0 and "ZFLEET_S3_URL" in done.stderr and "s3://bucket/folder" in done.stderr
+    assert (folder / "made" / "aws").read_text("utf-8") == "", "the machine's role"
 
 
 def test_prepare_keeps_what_was_changed(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from zfleet.cli import group
 
 Objects = Sequence[Mapping[str, Any]]
 VERSION = "1.32"  # of Kubernetes
-NOT_OURS = {"HF_HOME", "HOME"}
+NOT_OURS = {"HF_HOME", "HOME", "OTEL_EXPORTER_OTLP_ENDPOINT"}
 COMPONENTS = {"gateway", "webhooks", "worker", "redis"}
 DOCS = (FOLDER.parents[1] / "docs" / "kubernetes.md").read_text("utf-8")
 KEDA_SCHEMA = yaml.safe_load(Path(__file__).with_name("scaledobject.schema.yaml").read_text("utf-8"))
@@ -140,7 +140,15 @@ def test_an_overlay_of_ones_own_prevails(objects: Objects) -> None:
     assert (settings.public_url, settings.models) == ("https://pictures.example", ("turbo",))
     assert ingress[0]["ingressClassName"] == "yours" and ingress[0]["rules"][0]["host"] == "pictures.example"
     assert container(worker)["image"] == "registry.example/zfleet-worker:1"
-    assert {"secretRef": {"name": "zfleet-s3", "optional": True}} in container(worker)["envFrom"]
+    for name in ("zfleet-s3", "zfleet-traces"):
+        assert all(
+            {"secretRef": {"name": name, "optional": True}} in container(one)["envFrom"] for one in (gateway, worker)
+        )
+    assert variables(objects, worker)["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector.monitoring:4318"
+    (collector,) = [
+        one["spec"] for one in of_kind(objects, "NetworkPolicy") if one["metadata"]["name"] == "to-collector"
+    ]
+    assert collector["egress"] == [{"ports": [{"protocol": "TCP", "port": 4318}]}]
 
 
 # Against each other

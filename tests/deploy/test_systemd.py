@@ -142,9 +142,12 @@ def test_a_fleet_works_in_the_sandbox(stack: contextlib.ExitStack, redis_session
 
 def test_the_environment_file_has_settings_and_no_password() -> None:
     text = (units.FOLDER / "zfleet.env").read_text("utf-8")
-    names = {line.partition("=")[0] for line in text.splitlines() if line and not line.startswith("#")}
-    assert names <= {f"ZFLEET_{name.upper()}" for name in Settings.model_fields}
-    assert "ZFLEET_REDIS_URL" not in names
+    names = set(re.findall(r"^#?([A-Z0-9_]+)=", text, re.MULTILINE))
+    assert {name for name in names if not name.startswith("OTEL_")} <= {
+        f"ZFLEET_{n.upper()}" for n in Settings.model_fields
+    }
+    assert not names & {"ZFLEET_REDIS_URL", "AWS_SECRET_ACCESS_KEY", "OTEL_EXPORTER_OTLP_HEADERS"}
+    assert {"ZFLEET_S3_URL", "OTEL_EXPORTER_OTLP_ENDPOINT"} <= names
     for unit in units.SERVICES:
         shared, own = units.directives(unit)["EnvironmentFile"]
         assert shared == "-/etc/zfleet/zfleet.env" and own in DOCS.replace("$part", own.split("/")[-1].split(".")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -318,8 +319,16 @@ def test_the_readmes_line_fills_the_passwords_in(tmp_path: Path) -> None:
     filled = (tmp_path / "users.acl").read_text("utf-8")
     assert "PASSWORD" not in filled and len(re.findall(r"#[0-9a-f]{64} ", filled)) == len(NAMES)
     assert (tmp_path / "users.acl").stat().st_mode & 0o077 == 0
-    shown = dict(line.split(": ") for line in done.stdout.strip().splitlines())
+    shown = dict(line.split(": ") for line in done.stderr.strip().splitlines())
     assert shown.keys() == set(NAMES) and len(set(shown.values())) == len(NAMES)
+    assert all(hashlib.sha256(password.encode()).hexdigest() in filled for password in shown.values())
+
+
+def test_a_user_without_a_password_is_named() -> None:
+    command = [sys.executable, str(USERS.with_name("users.py")), "--given"]
+    given = "".join(f"{name.upper()}_PASSWORD={name}\n" for name in NAMES if name != "courier") + "COURIER_PASSWORD=\n"
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "") and "there is no COURIER_PASSWORD" in done.stderr
 
 
 CHANNELS = ("ENDS", "STEPS")
