@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,27 @@ class FailedTask(NamedTuple):
     task_id: str
     queue: str
     key_id: str  # that it came with
+    created_ms: int  # since 1970, by Redis' clock
     retried: bool
     known: bool
+
+
+class Place(NamedTuple):
+    """How far somebody has come who works through what failed, and what is too new to count."""
+
+    until_ms: int  # tasks made later are left out, or what fails again at once would never come to an end
+    queue: str
+    task_id: str
+
+    def __str__(self) -> str:
+        return f"{self.until_ms}/{self.queue}/{self.task_id}"
+
+
+def place(text: str) -> Place:
+    """Read a place as it is written; raises ValueError."""
+    if not (match := re.fullmatch(r"([0-9]{1,15})/([^/\s]{1,200})/([^/\s]{1,64})", text)):
+        raise ValueError("must be the next_cursor of an answer before")
+    return Place(int(match[1]), match[2], match[3])
 
 
 class Purged(NamedTuple):

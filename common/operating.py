@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from common import keys
 from common.cards import slot_of
-from common.failed import FailedTask, Purged, purged
+from common.failed import FailedTask, Place, Purged, purged
 from common.link import Link
 from common.records import queue_parts
 
@@ -42,12 +42,25 @@ class Operating(Link):
         """Have this very worker finish what it has and end, so that its supervisor starts another in its place."""
         self._patiently(lambda: self._redis.set(keys.RESTART + worker, 1, ex=RESTART_TTL_S))
 
-    def failed(self, *, model: str | None = None, tenant: str | None = None) -> Iterator[FailedTask]:
-        """Yield the tasks that RQ's registries have as failed, of one model or tenant if that is given."""
+    def clock_ms(self) -> int:
+        """Return Redis' time, since 1970."""
+        seconds, micros = self._patiently(self._redis.time)
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def failed(
+        self, *, model: str | None = None, tenant: str | None = None, after: Place | None = None
+    ) -> Iterator[FailedTask]:
+        """Yield the tasks that RQ's registries have as failed, of one model or tenant, or behind a place, if that is
+        given. Where that task is gone by now, its queue comes once more.
+        """
         for queue in sorted(key.removeprefix(keys.RQ_QUEUE) for key in self._queues()):
             parts = queue_parts(queue)
+            if after and queue < after.queue:
+                continue
             if parts and model in (None, parts[0]) and tenant in (None, parts[2]):
-                yield from self._failed_in(queue)
+                for task in self._failed_in(queue, after.task_id if after and queue == after.queue else None):
+                    if not after or task.created_ms <= after.until_ms:
+                        yield task
 
     def purge(self, tasks: Sequence[FailedTask]) -> list[Purged]:
         """Remove these tasks, if they are still failed; return what they may have left in storage."""
@@ -58,19 +71,21 @@ class Operating(Link):
         found: set[str] = self._patiently(lambda: self._redis.smembers(keys.RQ_QUEUES))
         return found
 
-    def _failed_in(self, queue: str) -> Iterator[FailedTask]:
+    def _failed_in(self, queue: str, after: str | None) -> Iterator[FailedTask]:
         ids: list[str] = self._patiently(lambda: self._redis.zrange(keys.RQ_FAILED + queue, 0, -1))
-        for begin in range(0, len(ids), READ_AT_ONCE):
+        first = ids.index(after) + 1 if after in ids else 0
+        for begin in range(first, len(ids), READ_AT_ONCE):
             for task_id, fields in self._read(ids[begin : begin + READ_AT_ONCE]):
-                status, retried_as, key_id = fields
+                status, retried_as, key_id, created_at = fields
                 if status is None or status in FAILED:
-                    yield FailedTask(task_id, queue, key_id or "", retried=bool(retried_as), known=status is not None)
+                    known, created_ms = status is not None, int(created_at or 0)
+                    yield FailedTask(task_id, queue, key_id or "", created_ms, retried=bool(retried_as), known=known)
 
     def _read(self, ids: Sequence[str]) -> list[tuple[str, list[str | None]]]:
         def read() -> list[tuple[str, list[str | None]]]:
             pipeline = self._redis.pipeline(transaction=False)
             for task_id in ids:
-                pipeline.hmget(keys.TASK + task_id, "status", "retried_as", "key")
+                pipeline.hmget(keys.TASK + task_id, "status", "retried_as", "key", "created_at")
             return list(zip(ids, pipeline.execute(), strict=True))
 
         return self._patiently(read)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from flask import Response
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from common import telemetry
 from common.apikeys import Tenant
@@ -23,6 +23,7 @@ from common.errors import (
     StorageFull,
     UnsupportedMediaType,
 )
+from common.failed import Place, place
 from common.schemas import Wire
 from common.storage.base import BaseStorage, attempt_folder
 from gateway import problems, requestlog
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 BATCH = 100
 BATCH_MAX = 200
+LOOKED_MAX = 5_000  # tasks that one call looks at, most of which may have been done over before
+NOT_NOW = (QueueFull, StorageError, RedisUnavailable)  # of which the next task would hear as well
 
 log = telemetry.get_logger()
 
@@ -47,6 +50,17 @@ class Batch(Wire):
     model: str | None = Field(default=None, max_length=32, description="Only of this model.")
     tenant: Tenant | None = Field(default=None, description="Only of this tenant.")
     limit: int = Field(default=BATCH, ge=1, le=BATCH_MAX, strict=True)
+
+
+class RequeueBatch(Batch):
+    """Which of them are done over, going on where another call has left off."""
+
+    cursor: str | None = Field(default=None, description="The `next_cursor` of the answer before.")
+
+    @field_validator("cursor")
+    @classmethod
+    def _cursor_was_given(cls, cursor: str | None) -> str | None:
+        return cursor and str(place(cursor))
 
 
 class Requeued(Wire):
@@ -65,11 +79,12 @@ class Refused(Wire):
 
 
 class RequeueAnswer(Wire):
-    """What was done over, and whether the same call would find more."""
+    """What was done over, what cannot be, and where the next call goes on; null: there is no more."""
 
     requeued: Sequence[Requeued]
     refused: Sequence[Refused]
     more: bool
+    next_cursor: str | None
 
 
 class PurgeAnswer(Wire):
@@ -88,33 +103,35 @@ class Clearing:
         self._retries = retries
         self._storage = storage
 
-    def requeue(self, batch: Batch, request_id: str) -> RequeueAnswer:
-        """Do over up to so many tasks that have not been yet; one that cannot be is told, and passed over.
+    def requeue(self, batch: RequeueBatch, request_id: str) -> RequeueAnswer:
+        """Take up to so many tasks that have not been done over yet; those that cannot be are told, and passed over.
 
         Raises QueueFull, StorageFull and RedisUnavailable only if nothing was done before.
         """
-        found = self._failed(batch, new=True)
+        at = place(batch.cursor) if batch.cursor else None
+        until_ms = at.until_ms if at else self._broker.clock_ms()
+        found = self._broker.failed(model=batch.model, tenant=batch.tenant, after=at)
         requeued: list[Requeued] = []
         refused: list[Refused] = []
-        for failed in found:
-            if len(requeued) == batch.limit:
-                return RequeueAnswer(requeued=requeued, refused=refused, more=True)
-            try:
-                if (record := self._broker.view(failed.task_id)) is None:
-                    continue
-                again = self._retries.again(record, key_id=failed.key_id, request_id=request_id)
-                requeued.append(Requeued(task_id=failed.task_id, new_task_id=again.task_id))
-            except (QueueFull, StorageError, RedisUnavailable):
-                if not requeued:
-                    raise
-                return RequeueAnswer(requeued=requeued, refused=refused, more=True)
-            except FleetError as error:
-                refused.append(Refused(task_id=failed.task_id, code=error.code, detail=error.message))
-        return RequeueAnswer(requeued=requeued, refused=refused, more=False)
+        more = False
+        try:
+            for looked, failed in enumerate(task for task in found if task.known):
+                if more := looked == LOOKED_MAX or len(requeued) + len(refused) == batch.limit:
+                    break
+                if not failed.retried:
+                    self._again(failed, request_id, requeued, refused)
+                at = Place(until_ms, failed.queue, failed.task_id)
+        except NOT_NOW:
+            if not requeued:
+                raise
+            more = True
+        return RequeueAnswer(
+            requeued=requeued, refused=refused, more=more, next_cursor=str(at) if more and at else None
+        )
 
     def purge(self, batch: Batch, request_id: str) -> PurgeAnswer:
         """Remove up to so many tasks with their records and pictures; raises RedisUnavailable."""
-        found = list(islice(self._failed(batch), batch.limit + 1))
+        found = list(islice(self._broker.failed(model=batch.model, tenant=batch.tenant), batch.limit + 1))
         doomed = found[: batch.limit]
         if doomed:
             for purged in self._broker.purge(doomed):
@@ -122,10 +139,16 @@ class Clearing:
                 storing.run(self._sweep, purged, request_id)
         return PurgeAnswer(purged=len(doomed), more=len(found) > batch.limit)
 
-    def _failed(self, batch: Batch, *, new: bool = False) -> Iterator[FailedTask]:
-        for task in self._broker.failed(model=batch.model, tenant=batch.tenant):
-            if not new or (task.known and not task.retried):
-                yield task
+    def _again(self, failed: FailedTask, request_id: str, requeued: list[Requeued], refused: list[Refused]) -> None:
+        """Do a task over, if it is still there, and note how it went; raises NOT_NOW."""
+        try:
+            if record := self._broker.view(failed.task_id):
+                again = self._retries.again(record, key_id=failed.key_id, request_id=request_id)
+                requeued.append(Requeued(task_id=failed.task_id, new_task_id=again.task_id))
+        except NOT_NOW:
+            raise
+        except FleetError as error:
+            refused.append(Refused(task_id=failed.task_id, code=error.code, detail=error.message))
 
     def _sweep(self, purged: Purged, request_id: str) -> None:
         """Remove what a task left in storage; housekeeping finds what cannot be removed now."""
@@ -147,10 +170,10 @@ def create(clearing: Clearing) -> Api:
 
     @api.post("/api/failed/requeue", responses={"200": RequeueAnswer, **refusals})
     @open_to("admin")
-    def requeue(body: Batch) -> Response:
+    def requeue(body: RequeueBatch) -> Response:
         """Do over tasks that failed or expired, each once: new tasks for their tenants, as by a retry.
 
-        They count against no rate and no `max_queued`. Call it again while there are `more`.
+        They count against no rate and no `max_queued`. Call it again with `next_cursor` until that is null.
         """
         answer = clearing.requeue(body, requestlog.current_id())
         log.warning("failed_requeued", count=len(answer.requeued), by=caller().key_id)

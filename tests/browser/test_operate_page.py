@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 from rq import suspension
 
 from common.schemas import TaskStatus
@@ -223,13 +223,22 @@ def test_what_cannot_be_requeued_is_counted_once(visit: Callable[..., Visit], fl
     seen = visit()
     refused = [{"task_id": "a" * 32, "code": "input_gone", "detail": "its picture is gone"}]
     made = [{"task_id": "b" * 32, "new_task_id": "c" * 32}]
-    batches = iter([{"requeued": made, "refused": refused, "more": more} for more in (True, False)])
+    batches = iter([
+        {"requeued": made, "refused": refused, "more": bool(cursor), "next_cursor": cursor} for cursor in ("1/q/t", None)
+    ])  # fmt: skip
+    asked: list[object] = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.post_data_json)
+        route.fulfill(json=next(batches))
+
     seen.page.route("**/api/tasks?*", lambda route: route.fulfill(json={"tasks": [{}], "next_cursor": None}))
-    seen.page.route("**/api/failed/requeue", lambda route: route.fulfill(json=next(batches)))
+    seen.page.route("**/api/failed/requeue", answer)
     seen.open(fleet.admin, "#/operate")
     seen.page.get_by_role("button", name="Requeue …").click()
     seen.page.get_by_role("dialog").get_by_role("button", name="Requeue").click()
     expect(seen.page.get_by_text("2 tasks requeued. 1 task cannot be: its picture is gone.")).to_be_visible()
+    assert asked == [{"limit": 100}, {"limit": 100, "cursor": "1/q/t"}]
 
 
 def test_a_fleet_without_redis_is_said_to_be_unhealthy(visit: Callable[..., Visit], fleet: Fleet) -> None:

@@ -17,6 +17,7 @@ from common.broker import Broker
 from common.settings import Settings
 from common.storage import open_storage
 from common.storage.base import attempt_folder
+from gateway import failed as module
 from tests.conftest import SubmitFn
 from tests.servers import RedisServer, eventually
 from tests.tenants import bearer, new_key
@@ -53,7 +54,7 @@ def test_each_is_done_over_once_in_batches(
     assert (len(rest["requeued"]), rest["more"], rest["refused"]) == (3, False, [])
     pairs = {one["task_id"]: one["new_task_id"] for one in first["requeued"] + rest["requeued"]}
     assert pairs.keys() == set(failed)
-    assert clear(client, "requeue").get_json() == {"requeued": [], "refused": [], "more": False}
+    assert clear(client, "requeue").get_json() == {"requeued": [], "refused": [], "more": False, "next_cursor": None}
     records = [broker.view(task_id) for task_id in pairs.values()]
     assert {record.retry_of for record in records if record} == set(failed)
     assert sorted(record.tenant for record in records if record) == ["acme"] * 3 + ["other"] * 2
@@ -79,6 +80,62 @@ def test_what_cannot_be_done_over_is_told_and_passed_over(
     assert [one["task_id"] for one in answer["requeued"]] == [good]
     assert [(one["task_id"], one["code"]) for one in answer["refused"]] == [(gone, "input_gone")]
     assert not answer["more"]
+
+
+def walk(client: FlaskClient, limit: int) -> list[dict[str, list[str]]]:
+    """Call until there is no more, as the dashboard does; return what each call did."""
+    found: list[dict[str, list[str]]] = []
+    cursor: dict[str, str] = {}
+    for _ in range(20):
+        answer = clear(client, "requeue", limit=limit, **cursor).get_json()
+        found.append({what: [one["task_id"] for one in answer[what]] for what in ("requeued", "refused")})
+        assert answer["more"] == (answer["next_cursor"] is not None)
+        if not answer["more"]:
+            return found
+        cursor = {"cursor": answer["next_cursor"]}
+    pytest.fail("it never ends")
+
+
+def test_a_call_is_bounded_by_what_it_refuses_too_and_no_task_comes_twice(
+    client: FlaskClient, submit: SubmitFn, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = [submit(init_image="img_" + "0" * 32, tenant=tenant) for tenant in ("acme", "acme", "acme", "b", "b")]
+    good = [submit(tenant="c") for _ in range(2)]
+    assert worker.storage is not None
+    worker.storage.put("20260131/x", b"x")
+    for task in worker.take(7):
+        worker.fail(task)
+    calls = walk(client, 2)
+    assert [len(one["requeued"]) + len(one["refused"]) for one in calls] == [2, 2, 2, 1]
+    assert sorted(task for one in calls for task in one["refused"]) == sorted(gone)
+    assert sorted(task for one in calls for task in one["requeued"]) == sorted(good)
+    monkeypatch.setattr(module, "LOOKED_MAX", 3)  # most of what failed may have been done over before
+    again = walk(client, 200)
+    assert [len(one["refused"]) for one in again] == [3, 2, 0] and not any(one["requeued"] for one in again)
+
+
+def test_what_fails_again_meanwhile_is_for_another_time(
+    client: FlaskClient, worker: FakeWorker, failed: Sequence[str]
+) -> None:
+    first = clear(client, "requeue", limit=4).get_json()
+    for task in worker.take(9):
+        worker.fail(task)
+    rest = clear(client, "requeue", cursor=first["next_cursor"]).get_json()
+    assert [len(one["requeued"]) for one in (first, rest)] == [4, 1] and not rest["more"]
+    assert len(clear(client, "requeue").get_json()["requeued"]) == 4
+
+
+def test_what_was_purged_meanwhile_ends_no_walk(client: FlaskClient, failed: Sequence[str]) -> None:
+    first = clear(client, "requeue", limit=2, tenant="acme").get_json()
+    assert clear(client, "purge", tenant="acme").get_json()["purged"] == 3
+    rest = clear(client, "requeue", cursor=first["next_cursor"]).get_json()
+    assert {one["task_id"] for one in rest["requeued"]} == set(failed[3:]) and not rest["more"]
+
+
+def test_a_place_that_no_answer_gave_is_refused(client: FlaskClient, failed: Sequence[str]) -> None:
+    for cursor in ("x", "1/2", "a/b/c", "1//c", "1/b/" + "c" * 65, 7):
+        answer = clear(client, "requeue", cursor=cursor)
+        assert answer.status_code == 422 and answer.get_json()["errors"][0]["loc"] == "cursor"
 
 
 def test_a_task_that_came_with_a_key_is_done_over_under_it(

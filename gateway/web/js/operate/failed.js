@@ -69,7 +69,7 @@ function ask(work, which, { many, more }, line) {
   return new Promise((resolve) => {
     let going = true;
     let done = 0;
-    const refused = new Map(); // by task: each batch comes by them again
+    const refused = new Map(); // by task
     const bar = h("progress", { max: many, value: 0, hidden: true, "aria-label": "Done" });
     const told = h("p", { role: "status" }, work.text);
     const agree = h("button", { type: "button", class: work.style }, work.verb);
@@ -78,8 +78,9 @@ function ask(work, which, { many, more }, line) {
     const run = async () => {
       [bar.hidden, agree.hidden, cancel.textContent] = [false, true, "Stop"];
       cancel.focus();
-      for (let left = true; left && going;) {
-        const answer = await post(`api/failed/${work.name}`, { ...which, limit: BATCH });
+      for (let [left, cursor] = [true, null]; left && going;) {
+        const answer = await post(`api/failed/${work.name}`, { ...which, limit: BATCH, ...(cursor && { cursor }) });
+        cursor = answer.next_cursor;
         done += work.done(answer);
         for (const { task_id: id, detail } of answer.refused ?? []) refused.set(id, detail);
         left = answer.more;
