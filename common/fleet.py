@@ -62,6 +62,16 @@ class Fleet(Wire):
     queues: Sequence[LineDepth]
     workers: Sequence[WorkerView]
     recent: Recent
+    drained_away: Sequence[str] = Field(
+        default=(), description="Slots that are drained and where no worker is; whoever comes there claims nothing."
+    )
+
+
+class Slot(Wire):
+    """The answer to a worker's being resumed: its name, or that of its place where none is there."""
+
+    name: str
+    drained: bool
 
 
 class Suspended(Wire):

@@ -36,7 +36,16 @@ class Operating(Link):
 
     def undrain(self, worker: str) -> None:
         """Let the workers of this one's slot claim again."""
-        self._patiently(lambda: self._redis.srem(keys.DRAINED, slot_of(worker)))
+        self.undrain_slot(slot_of(worker))
+
+    def undrain_slot(self, slot: str) -> None:
+        """Let whoever is there, or comes there, claim again."""
+        self._patiently(lambda: self._redis.srem(keys.DRAINED, slot))
+
+    def drained(self) -> set[str]:
+        """Return the slots that are drained, whether a worker is there or not."""
+        found: set[str] = self._patiently(lambda: self._redis.smembers(keys.DRAINED))
+        return found
 
     def restart(self, worker: str) -> None:
         """Have this very worker finish what it has and end, so that its supervisor starts another in its place."""

@@ -13,7 +13,7 @@ from flask_openapi3.types import ResponseDict
 
 from common import telemetry
 from common.broker import Broker
-from common.cards import Health, WorkerCard
+from common.cards import Health, WorkerCard, slot_of
 from common.errors import RedisUnavailable
 from common.fleet import Fleet, Recent, WorkerView, lines
 from gateway import problems
@@ -48,6 +48,7 @@ class Overview:
             queues=lines(self._broker.queues()),
             workers=self.views(cards),
             recent=self._broker.recent(),
+            drained_away=sorted(self._broker.drained() - {slot_of(card.name) for card in cards}),
         )
 
     def views(self, cards: Sequence[WorkerCard]) -> list[WorkerView]:

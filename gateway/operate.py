@@ -11,7 +11,7 @@ from common import telemetry
 from common.broker import Broker
 from common.cards import WorkerCard, slot_of
 from common.errors import Forbidden, RedisUnavailable, UnknownWorker
-from common.fleet import Suspended, WorkerView
+from common.fleet import Slot, Suspended, WorkerView
 from gateway import problems
 from gateway.admission import caller, open_to
 from gateway.api import NO_STORE, Api, json_answer
@@ -75,11 +75,15 @@ def _add_workers(api: Api, broker: Broker, overview: Overview, watch: Watch) -> 
         """
         return order(path.name, "worker_drained", broker.drain)
 
-    @api.post("/api/workers/<name>/resume", responses=answers)
+    @api.post("/api/workers/<name>/resume", responses=answers | {"200": Slot})
     @open_to("admin")
     def undrain(path: WorkerPath) -> Response:
-        """Let a worker that was drained claim again."""
-        return order(path.name, "worker_resumed", broker.undrain)
+        """Let a worker that was drained claim again, or whoever comes to its slot, should it be gone."""
+        name, slot = _find_slot(broker, path.name)
+        broker.undrain_slot(slot)
+        log.warning("worker_resumed", worker=name, by=caller().key_id)
+        watch.nudge()
+        return json_answer(Slot(name=name, drained=False), headers=NO_STORE)
 
     @api.post("/api/workers/<name>/restart", responses=answers)
     @open_to("admin")
@@ -94,3 +98,15 @@ def _find(broker: Broker, name: str) -> WorkerCard:
         if name in (card.name, slot_of(card.name)) and card.state != "lost":
             return card
     raise UnknownWorker("no live worker has this name; /api/fleet shows those there are")
+
+
+def _find_slot(broker: Broker, name: str) -> tuple[str, str]:
+    """Return a live worker's name and its slot, or a drained slot twice where none is; raises UnknownWorker."""
+    try:
+        worker = _find(broker, name).name
+    except UnknownWorker:
+        if not (away := broker.drained() & {name, slot_of(name)}):
+            raise
+        slot = min(away)
+        return slot, slot
+    return worker, slot_of(worker)

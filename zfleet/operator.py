@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
-from common.fleet import Fleet, Suspended, WorkerView
-from zfleet.client import Client
+from common.fleet import Fleet, Slot, Suspended, WorkerView
+from zfleet.client import Client, M
 
 
 class Operator(Client):
@@ -25,15 +25,15 @@ class Operator(Client):
 
     def drain(self, name: str) -> WorkerView:
         """Have a worker claim nothing more; Refused with code `unknown_worker` where none lives by that name."""
-        return self._order(name, "drain")
+        return self._order(name, "drain", WorkerView)
 
-    def resume_worker(self, name: str) -> WorkerView:
-        """Let a worker that was drained claim again."""
-        return self._order(name, "resume")
+    def resume_worker(self, name: str) -> Slot:
+        """Let a worker that was drained claim again, or whoever comes to its slot."""
+        return self._order(name, "resume", Slot)
 
     def restart(self, name: str) -> WorkerView:
         """Have a worker finish what it has, and another take its place."""
-        return self._order(name, "restart")
+        return self._order(name, "restart", WorkerView)
 
-    def _order(self, name: str, order: str) -> WorkerView:
-        return self._call(WorkerView, "POST", f"api/workers/{quote(name, safe='') or '-'}/{order}")
+    def _order(self, name: str, order: str, answer: type[M]) -> M:
+        return self._call(answer, "POST", f"api/workers/{quote(name, safe='') or '-'}/{order}")

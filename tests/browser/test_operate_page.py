@@ -35,8 +35,8 @@ def operate(visit: Callable[..., Visit], fleet: Fleet) -> Iterator[Callable[...,
 
     yield opened
     fleet.broker.resume()
-    for card in fleet.broker.workers():
-        fleet.broker.undrain(card.name)
+    for slot in fleet.broker.drained():
+        fleet.broker.undrain_slot(slot)
 
 
 def section(page: Page, name: str) -> Locator:
@@ -88,6 +88,20 @@ def test_a_worker_is_drained_and_works_again(operate: Callable[..., Page], fleet
     part.get_by_role("button", name=f"Resume {name}").click()
     expect(told(part)).to_have_text(f"{name} takes tasks again.")
     expect(part.get_by_role("button", name=f"Drain {name}")).to_be_visible()
+
+
+def test_a_drained_place_without_a_worker_is_shown_until_it_is_resumed(
+    operate: Callable[..., Page], fleet: Fleet
+) -> None:
+    fleet.broker.drain("sold.gpu0.abc123")
+    part = section(operate(), "Workers")
+    place = part.get_by_role("listitem").filter(has_text="sold.gpu0")
+    expect(place).to_contain_text("No worker is there")
+    expect(place.get_by_role("button")).to_have_text(["Resume"])
+    place.get_by_role("button").click()
+    expect(told(part)).to_have_text("sold.gpu0 takes tasks again.")
+    expect(place).to_have_count(0)
+    assert fleet.broker.drained() == set()
 
 
 @pytest.mark.parametrize("size", list(SIZES))
@@ -224,7 +238,8 @@ def test_what_cannot_be_requeued_is_counted_once(visit: Callable[..., Visit], fl
     refused = [{"task_id": "a" * 32, "code": "input_gone", "detail": "its picture is gone"}]
     made = [{"task_id": "b" * 32, "new_task_id": "c" * 32}]
     batches = iter([
-        {"requeued": made, "refused": refused, "more": bool(cursor), "next_cursor": cursor} for cursor in ("1/q/t", None)
+        {"requeued": made, "refused": refused, "more": bool(cursor), "next_cursor": cursor}
+        for cursor in ("1/q/t", None)
     ])  # fmt: skip
     asked: list[object] = []
 

@@ -42,9 +42,11 @@ def drain(name: str, undo: bool, url: str | None) -> None:
     it holds for whoever takes the worker's place, too.
     """
     with options.operate(url) as operator:
-        worker = operator.resume_worker(name) if undo else operator.drain(name)
-    done = "claims again" if undo else f"claims nothing more, and finishes {len(worker.runs)} tasks"
-    click.echo(f"{worker.name} {done}")
+        if undo:
+            click.echo(f"{operator.resume_worker(name).name} claims again")
+        else:
+            worker = operator.drain(name)
+            click.echo(f"{worker.name} claims nothing more, and finishes {len(worker.runs)} tasks")
 
 
 @click.command()

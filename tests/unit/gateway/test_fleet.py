@@ -76,6 +76,21 @@ def test_what_is_done_to_the_fleet_shows(client: FlaskClient, broker: Broker, wo
     assert client.post("/api/workers/host.gpu0/restart").get_json()["name"] == "host.gpu0.abc"
 
 
+def test_a_drained_slot_whose_worker_is_gone_shows_until_it_is_taken_off(
+    client: FlaskClient, broker: Broker, worker: FakeWorker
+) -> None:
+    worker.beat(name="host.gpu0.abc")
+    for name in ("host.gpu0.abc", "sold.gpu0.abc", "sold.gpu1.abc"):
+        broker.drain(name)
+    assert client.get("/api/fleet").get_json()["drained_away"] == ["sold.gpu0", "sold.gpu1"]
+    for name, slot in (("sold.gpu0", "sold.gpu0"), ("sold.gpu1.abc", "sold.gpu1")):
+        assert client.post(f"/api/workers/{name}/resume").get_json() == {"name": slot, "drained": False}
+        assert client.post(f"/api/workers/{name}/resume").status_code == 404
+    assert client.get("/api/fleet").get_json()["drained_away"] == []
+    assert broker.drained() == {"host.gpu0"}, "which is there, and shows it itself"
+    assert client.post("/api/workers/host.gpu0/resume").get_json() == {"name": "host.gpu0.abc", "drained": False}
+
+
 @pytest.mark.parametrize("order", ["drain", "resume", "restart"])
 def test_a_worker_that_is_not_there_is_unknown(client: FlaskClient, worker: FakeWorker, order: str) -> None:
     worker.beat(name="host.gpu1.lost", state="lost")

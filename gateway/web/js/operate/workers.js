@@ -8,7 +8,7 @@ import { button, outcome } from "./acting.js";
 
 const tasks = (many) => (many === 1 ? "1 task" : `${many} tasks`);
 
-/** `show(fleet)`: a row a worker. */
+/** `show(fleet)`: a row a worker, and one a drained slot where none is. */
 export function workers() {
   const line = outcome();
   const rows = h("ul", { class: "rows" });
@@ -16,9 +16,10 @@ export function workers() {
   const element = h("section", { class: "card", "aria-labelledby": "workers" }, h("h2", { id: "workers" }, "Workers"), rows, none, line.element);
   const cards = new Map();
   const show = (fleet) => {
-    none.hidden = fleet.workers.length > 0;
-    for (const card of fleet.workers) cards.set(card.name, card);
-    keyed(rows, fleet.workers, (card) => card.name, (card) => row(card.name, cards, line), (child, card) => write(child, card, fleet.at));
+    const all = [...fleet.workers, ...(fleet.drained_away ?? []).map((name) => ({ name, away: true, drained: true, runs: [] }))];
+    none.hidden = all.length > 0;
+    for (const card of all) cards.set(card.name, card);
+    keyed(rows, all, (card) => card.name, (card) => row(card.name, cards, line), (child, card) => write(child, card, fleet.at));
   };
   return { element, show };
 }
@@ -45,13 +46,16 @@ function row(name, cards, line) {
 
 function write(child, card, at) {
   const part = (name) => child.querySelector(`[data-part="${name}"]`);
-  const state = stateOf(card, at);
+  const state = card.away ? "drained" : stateOf(card, at);
   part("state").className = `tag ${TONES[state]}`;
   say(part("state"), state);
-  say(part("about"), `${card.gpu?.name ?? card.device}, ${card.runs.length ? `makes ${tasks(card.runs.length)}` : "makes nothing now"}`);
+  say(part("about"), card.away ? "No worker is there; one that comes takes no task until this is resumed." : doing(card));
   const focused = document.activeElement;
   part("drain").hidden = card.drained;
   part("resume").hidden = !card.drained;
+  part("restart").hidden = Boolean(card.away);
   for (const name of ["drain", "restart"]) part(name).disabled = card.state === "lost";
   if (focused?.hidden && child.contains(focused)) part(card.drained ? "resume" : "drain").focus();
 }
+
+const doing = (card) => `${card.gpu?.name ?? card.device}, ${card.runs.length ? `makes ${tasks(card.runs.length)}` : "makes nothing now"}`;
