@@ -51,6 +51,9 @@ class Recent(Wire):
     error_ratio: float | None = Field(default=None, description="Failed and expired, of those and the succeeded.")
     p50_seconds: float | None = Field(default=None, description="From submit to picture: half were as fast.")
     p95_seconds: float | None = None
+    joules_per_image: float | None = Field(
+        default=None, description="What GPUs used, idling ones included; null without an image, or a GPU that tells."
+    )
 
 
 class Fleet(Wire):

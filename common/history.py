@@ -12,7 +12,7 @@ from pydantic import Field
 
 from common.fleet import Recent
 from common.histograms import SECONDS, Bounds
-from common.schemas import Stored, Wire
+from common.schemas import PRIORITIES, Priority, Stored, Wire
 
 Window = Literal["15m", "6h", "7d"]
 WINDOWS: Mapping[str, int] = {"15m": 10, "6h": 240, "7d": 7200}  # with the seconds of a step
@@ -23,11 +23,19 @@ TOOK = "took|"
 DURATIONS = Bounds(SECONDS)
 
 
+class Waiting(Stored):
+    """What waits of a model at one priority, in a sample."""
+
+    queued: int
+    oldest_age_ms: int | None = None
+
+
 class Sample(Stored):
     """How the fleet stood at some moment, `at` ms since 1970; what nobody told is None.
 
-    `counts` are counters summed over models: `submitted`, `images`, `tasks|<outcome>`, `took|<bound>`. They only grow,
-    unless Redis has lost them.
+    `counts` are counters summed over models: `submitted`, `images`, `tasks|<outcome>`, `took|<bound>`, and `joules`
+    once a GPU has told of any. They only grow, unless Redis has lost them. `lines` has what waits, by model and
+    priority.
     """
 
     at: int
@@ -35,6 +43,7 @@ class Sample(Stored):
     queued: int
     running: int
     oldest_age_ms: int | None = None
+    lines: Mapping[str, Mapping[Priority, Waiting]] | None = None  # which an earlier version has not told
     workers: int
     gpu_utilisation_percent: float | None = None
     gpu_memory_used_mb: int | None = None
@@ -56,6 +65,18 @@ class Done(Wire):
         default=None, description="From submit to result, of tasks that succeeded; null without any."
     )
     p95_seconds: float | None = None
+    joules_per_image: float | None = Field(
+        default=None, description="What GPUs used, idling ones included; null without an image, or a GPU that tells."
+    )
+
+
+class QueuedThen(Wire):
+    """What waited of a model at one priority, of all tenants together."""
+
+    model: str
+    priority: Priority
+    queued: int
+    oldest_age_seconds: float | None = Field(description="Of the oldest task that stood first for its tenant.")
 
 
 class Point(Done):
@@ -65,6 +86,7 @@ class Point(Done):
     queued: int | None = None
     running: int | None = None
     oldest_age_seconds: float | None = None
+    queues: Sequence[QueuedThen] | None = Field(default=None, description="Those in which anything waited.")
     workers: int | None = None
     gpu_utilisation_percent: float | None = Field(default=None, description="The mean of the GPUs.")
     gpu_memory_used_mb: int | None = Field(default=None, description="Of all GPUs.")
@@ -119,6 +141,7 @@ def recent(samples: Sequence[Sample], window_s: float, step_s: float, now_ms: in
         error_ratio=made.error_ratio,
         p50_seconds=made.p50_seconds,
         p95_seconds=made.p95_seconds,
+        joules_per_image=made.joules_per_image,
     )
 
 
@@ -132,13 +155,15 @@ def done(counts: Mapping[str, int]) -> Done:
     """Return what counters say that grew by so much."""
     outcomes = {name: counts.get(f"tasks|{name}", 0) for name in OUTCOMES}
     lost = outcomes["failed"] + outcomes["expired"]
+    joules, images = counts.get("joules", 0), counts.get("images", 0)
     took = {name.removeprefix(TOOK): count for name, count in counts.items() if name.startswith(TOOK)}
     return Done(
         submitted=counts.get("submitted", 0),
-        images=counts.get("images", 0),
+        images=images,
         error_ratio=round(lost / (lost + outcomes["succeeded"]), 4) if lost + outcomes["succeeded"] else None,
         p50_seconds=DURATIONS.quantile(0.5, took),
         p95_seconds=DURATIONS.quantile(0.95, took),
+        joules_per_image=round(joules / images, 2) if joules and images else None,
         **outcomes,
     )
 
@@ -159,11 +184,27 @@ def _point(sample: Sample, made: Done) -> Point:
         at=_when(sample.at),
         queued=sample.queued,
         running=sample.running,
-        oldest_age_seconds=None if sample.oldest_age_ms is None else sample.oldest_age_ms / 1000,
+        oldest_age_seconds=_seconds(sample.oldest_age_ms),
+        queues=None if sample.lines is None else _queues(sample.lines),
         workers=sample.workers,
         gpu_utilisation_percent=sample.gpu_utilisation_percent,
         gpu_memory_used_mb=sample.gpu_memory_used_mb,
     )
+
+
+def _queues(lines: Mapping[str, Mapping[Priority, Waiting]]) -> list[QueuedThen]:
+    return [
+        QueuedThen(
+            model=model, priority=priority, queued=waits.queued, oldest_age_seconds=_seconds(waits.oldest_age_ms)
+        )
+        for model, found in sorted(lines.items())
+        for priority in PRIORITIES
+        if (waits := found.get(priority))
+    ]
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
 
 
 def _when(milliseconds: float) -> datetime:

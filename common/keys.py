@@ -56,6 +56,7 @@ COUNTED = "zf:counts:"  # + process: number of what it told last, so that what i
 HISTORY = "zf:history:"  # + window: list of samples, oldest first, of a fixed length     sample
 SAMPLED = "zf:sampled"  # the interval that was sampled last     sample
 DISKS = "zf:disks"  # hash host -> "free size when", bytes and ms, of its results' disk    note_disk; sample removes
+ENERGY = "zf:energy"  # hash host|GPU -> "joules when": whole ones of its last reading, and ms    sample
 PROBE = "zf:probe"  # proves that Redis takes writes        ready
 DELIVERIES = "zf:deliveries"  # zset of ids of webhooks' deliveries that are not settled -> when to look at them, ms:
 #   +inf in its queue, else its next try or the end of its lease    announce (_shared), deliver_take, deliver_settle
@@ -91,6 +92,7 @@ TOMBSTONE_FACTOR = 2  # a record outlives its result by as long again, to answer
 PROBE_TTL_S = 60
 COUNTED_TTL_S = 3600
 DISK_TTL_S = 60  # a host that has not told for so long tells no more
+ENERGY_TTL_S = 300  # what a GPU used while nobody told of it for so long is nobody's
 EXPIRED_MOST = 1_000  # that are kept to be told of, while no supervisor lives
 OVERDUE_S = 3600  # a run this long past its estimate is no longer counted as one
 

@@ -1,4 +1,5 @@
 -- Notes how the fleet stands, once an interval whoever asks: its counters, summed over models, and what there is right now.
+-- Before that it counts the energy that GPUs have used since the last sample.
 -- Each window's list gets the sample if one of its steps has begun since the last, and keeps its length.
 -- ARGV: most samples of a window, then window, its step in s …, the finest first; each is a multiple of that
 -- Returns 1 if it was due, else 0
@@ -8,11 +9,14 @@ local interval, last = math.floor(now / finest / 1000), redis.call('GET', K.SAMP
 if last == tostring(interval) then return 0 end
 redis.call('SET', K.SAMPLED, tostring(interval))
 
--- The counters of tasks and pictures, whatever the model: that part of their fields is left out.
+local IS_LINE = {high = true, normal = true, low = true}
+
+-- The counters of energy, tasks and pictures, whatever the model: that part of their fields is left out.
 local function counters()
   local kept, sums = {submitted = true, images = true, tasks = true, took = true}, {}
   local all = redis.call('HGETALL', K.COUNTS)
   for i = 1, #all, 2 do
+    if all[i] == 'joules' then sums.joules = tonumber(all[i + 1]) end
     local what, rest = string.match(all[i], '^(%l+)|[^|]+(.*)$')
     if kept[what] and rest ~= '|sum' then sums[what .. rest] = (sums[what .. rest] or 0) + all[i + 1] end
   end
@@ -27,25 +31,77 @@ local function oldest_age()
   end
 end
 
--- What the live workers' cards say, each GPU once.
-local function workers()
-  local there, gpus, told, busy, used = 0, {}, 0, 0, nil
-  for _, worker in ipairs(redis.call('ZRANGE', K.WORKERS, 0, -1)) do
+-- What waits by model and priority, all tenants together, and for how many ms the oldest at the head of a queue has, if
+-- anybody knows. It costs three commands for each queue that holds anything, however many tasks.
+local function lines()
+  local found = {}
+  for _, queue in ipairs(redis.call('SMEMBERS', K.RQ_QUEUES)) do
+    local model, priority = string.match(queue, '^' .. K.RQ_QUEUE .. '([^.]+)%.(%l+)%.')
+    local queued = IS_LINE[priority] and redis.call('LLEN', queue) or 0
+    if queued > 0 then
+      local head = redis.call('LRANGE', queue, 0, 0)[1]
+      local created = redis.call('HGET', K.TASK .. head, 'created_at')
+      found[model] = found[model] or {}
+      local waits = found[model][priority] or {queued = 0}
+      waits.queued = waits.queued + queued
+      if created then waits.oldest_age_ms = math.max(waits.oldest_age_ms or 0, now - created) end
+      found[model][priority] = waits
+    end
+  end
+  return found
+end
+
+-- The last reading of each GPU, by host and index, and how many live workers tell of something.
+local function gpus()
+  local there, found = 0, {}
+  for _, worker in ipairs(redis.call('ZRANGE', K.WORKERS, 0, -1)) do -- those that beat last come last
     local text = redis.call('GET', K.CARD .. worker)
     local card = text and cjson.decode(text) or {state = 'lost'}
     if card.state ~= 'lost' then there = there + 1 end
-    local gpu = type(card.gpu) == 'table' and card.gpu
-    if gpu and not gpus[card.host .. gpu.index] then
-      gpus[card.host .. gpu.index] = true
-      if type(gpu.utilisation_percent) == 'number' then told, busy = told + 1, busy + gpu.utilisation_percent end
-      if type(gpu.memory_used_mb) == 'number' then used = (used or 0) + gpu.memory_used_mb end
-    end
+    if type(card.gpu) == 'table' then found[card.host .. '|' .. card.gpu.index] = card.gpu end
   end
-  return {workers = there, gpu_utilisation_percent = told > 0 and busy / told or nil, gpu_memory_used_mb = used}
+  return found, there
 end
 
-local sample = workers()
-sample.at, sample.counts = now, counters()
+-- What these readings say of all GPUs together.
+local function figures(readings)
+  local told, busy, used = 0, 0, nil
+  for _, gpu in pairs(readings) do
+    if type(gpu.utilisation_percent) == 'number' then told, busy = told + 1, busy + gpu.utilisation_percent end
+    if type(gpu.memory_used_mb) == 'number' then used = (used or 0) + gpu.memory_used_mb end
+  end
+  return {gpu_utilisation_percent = told > 0 and busy / told or nil, gpu_memory_used_mb = used}
+end
+
+-- Forgets what has not been told of for long: values of a hash end in when they were told.
+local function forget(hash, ttl_s)
+  local told = redis.call('HGETALL', hash)
+  for i = 1, #told, 2 do
+    if now - string.match(told[i + 1], '%d+$') > ttl_s * 1000 then redis.call('HDEL', hash, told[i]) end
+  end
+end
+
+-- Counts the whole joules by which readings have grown. What is new begins here, and what went back anew: its driver was
+-- loaded again, or another GPU has its place.
+local function count_energy(readings)
+  local grown = nil
+  for gpu, reading in pairs(readings) do
+    if type(reading.energy_j) == 'number' then
+      local joules = math.floor(reading.energy_j)
+      local before = string.match(redis.call('HGET', K.ENERGY, gpu) or '', '^%d+') or joules
+      grown = (grown or 0) + math.max(0, joules - before)
+      redis.call('HSET', K.ENERGY, gpu, string.format('%.0f %.0f', joules, now))
+    end
+  end
+  if grown then count({'joules', grown}) end
+end
+
+forget(K.DISKS, K.DISK_TTL_S)
+forget(K.ENERGY, K.ENERGY_TTL_S)
+local readings, workers = gpus()
+count_energy(readings)
+local sample = figures(readings)
+sample.at, sample.counts, sample.workers, sample.lines = now, counters(), workers, lines()
 sample.running = redis.call('ZCARD', K.LEASES)
 sample.queued = math.max(0, redis.call('ZCARD', K.OPEN) - sample.running)
 sample.oldest_age_ms = oldest_age()
@@ -57,9 +113,5 @@ for i = 2, #ARGV, 2 do
     redis.call('RPUSH', list, text)
     redis.call('LTRIM', list, -ARGV[1], -1)
   end
-end
-local disks = redis.call('HGETALL', K.DISKS)
-for i = 1, #disks, 2 do
-  if now - string.match(disks[i + 1], '%d+$') > K.DISK_TTL_S * 1000 then redis.call('HDEL', K.DISKS, disks[i]) end
 end
 return 1

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from common.broker import Broker
 from common.cards import QueueDepth, WorkerCard
+from common.fleet import Recent
 from common.histograms import Bounds
 from common.records import EtaErrors
 from common.storage.base import Disk
@@ -31,6 +32,7 @@ class Look:
     eta_errors: Mapping[str, EtaErrors]
     disks: Mapping[str, Disk]
     suspended: bool
+    recent: Recent
     memory_bytes: int  # of Redis
 
     @classmethod
@@ -44,6 +46,7 @@ class Look:
             eta_errors=broker.eta_errors(),
             disks=broker.disks(),
             suspended=broker.suspended(),
+            recent=broker.recent(),
             memory_bytes=broker.memory_bytes(),
         )
 

@@ -60,7 +60,15 @@ def gpus(look: Look) -> Iterator[Metric]:
     yield from counter("zfleet_gpu_energy_joules_total", about, OF_GPU, energy)
 
 
-SOURCES = (counters, memory, gpus)
+def energy(look: Look) -> Iterator[Metric]:
+    """Yield what the GPUs of the whole fleet have used, and for an image."""
+    about = "Energy that GPUs have used while workers told of them: of all, whichever came, went or began anew."
+    yield from counter("zfleet_energy_joules_total", about, [], [([], look.counts.get("joules"))])
+    about = "Energy that GPUs used in the last 15 minutes, idling ones included, for each picture made in them."
+    yield from gauge("zfleet_image_energy_joules", about, [], [([], look.recent.joules_per_image)])
+
+
+SOURCES = (counters, memory, gpus, energy)
 
 
 def _slots(cards: Iterable[WorkerCard]) -> dict[str, WorkerCard]:

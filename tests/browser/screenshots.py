@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, sync_playwright
 from common.broker import Broker
 from common.settings import Settings
 from tests.browser.conftest import QUIET, SIZES
-from tests.browser.states import Stage, fleet_of, history, run, worker
+from tests.browser.states import Stage, fleet_of, history, run, waits, worker
 from tests.servers import GatewayServer, RedisServer, binary
 from tests.tenants import new_key
 
@@ -107,6 +107,14 @@ def waves(window: str) -> dict[str, Any]:
         point["error_ratio"] = max(0.0, 0.02 * math.sin(index / 6) - 0.008)
         point["workers"] = 8 if index < 86 else 7
         point["running"] = 12
+        point["joules_per_image"] = 900 - 200 * wave
+        point["queues"] = [
+            waits("base", "low", round(9 * wave), 9 * wave),
+            waits("turbo", "normal", round(41 * wave) - round(9 * wave), 4 * wave),
+        ]
+        if index % 40 > 28:
+            point["queues"].append(waits("turbo", "high", 3, 0.8))
+            point["queued"] += 3
     return found
 
 

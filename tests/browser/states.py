@@ -104,7 +104,8 @@ def history(window: str, gap: range = range(30, 40)) -> dict[str, Any]:
     known = {
         "submitted": 6, "succeeded": 6, "failed": 1, "canceled": 1, "expired": 0, "images": 9, "error_ratio": 0.0,
         "p50_seconds": 2.0, "p95_seconds": 6.0, "queued": 3, "running": 2, "oldest_age_seconds": 4.0, "workers": 4,
-        "gpu_utilisation_percent": 50.0, "gpu_memory_used_mb": 20_480,
+        "gpu_utilisation_percent": 50.0, "gpu_memory_used_mb": 20_480, "joules_per_image": 812.0,
+        "queues": [waits("turbo", "high", 1, 2.0), waits("turbo", "normal", 2, 4.0)],
     }  # fmt: skip
     points = [
         {"at": (now - timedelta(seconds=step * (POINTS - 1 - index))).isoformat()}
@@ -112,3 +113,8 @@ def history(window: str, gap: range = range(30, 40)) -> dict[str, Any]:
         for index in range(POINTS)
     ]
     return {"window": window, "step_seconds": step, "points": points}
+
+
+def waits(model: str, priority: str, queued: int, oldest_age_seconds: float) -> dict[str, Any]:
+    """What waited of a model at one priority, as a point of GET /api/history has it."""
+    return {"model": model, "priority": priority, "queued": queued, "oldest_age_seconds": oldest_age_seconds}

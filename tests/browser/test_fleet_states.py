@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import SIZES, Fleet, Visit
-from tests.browser.states import Stage, fleet_of, run, worker
+from tests.browser.states import Stage, fleet_of, history, run, waits, worker
 
+Past = Callable[[str], dict[str, Any]]
 Staged = Callable[..., tuple[Page, Stage]]
 
 
@@ -19,9 +21,9 @@ Staged = Callable[..., tuple[Page, Stage]]
 def staged(visit: Callable[..., Visit], fleet: Fleet) -> Staged:
     """Open the page Fleet in a window of this size, with a stage."""
 
-    def opened(size: str = "desktop", **options: object) -> tuple[Page, Stage]:
+    def opened(size: str = "desktop", past: Past | None = None, **options: object) -> tuple[Page, Stage]:
         seen = visit(size, **options)
-        stage = Stage(seen.page)
+        stage = Stage(seen.page, past)
         seen.open(fleet.admin, "#/fleet")
         return seen.page, stage
 
@@ -131,3 +133,81 @@ def test_charts_are_read_by_pointer_keys_and_table(staged: Staged, size: str) ->
     expect(chart.get_by_role("row")).to_have_count(91)
     page.get_by_label("7 d").check()
     expect(plot).to_have_accessible_name(re.compile("the last 7 days"))
+
+
+def chart_of(page: Page, title: str) -> Locator:
+    return page.get_by_role("figure", include_hidden=True).filter(has=page.get_by_role("heading", name=title))
+
+
+def past_of(**changes: object) -> Past:
+    """A history whose points, as far as anything is known of them, are like these."""
+
+    def past(window: str) -> dict[str, Any]:
+        found = history(window)
+        for point in found["points"]:
+            if point["queued"] is not None:
+                point |= changes
+        return found
+
+    return past
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_what_waits_has_a_line_for_each_model_and_priority(staged: Staged, size: str) -> None:
+    page, _ = staged(size)
+    depth, wait = chart_of(page, "Queue depth"), chart_of(page, "Oldest wait")
+    plot = depth.get_by_role("img")
+    expect(plot).to_have_accessible_name(
+        "Queue depth, the last 15 minutes: queued: last 3, lowest 3, highest 3; running: last 2, lowest 2, highest 2; "
+        "turbo high: last 1, lowest 1, highest 1; turbo normal: last 2, lowest 2, highest 2. Arrow keys read single "
+        "points."
+    )
+    expect(wait.get_by_role("img")).to_have_accessible_name(re.compile("of all: last 4.0 s, .*turbo high: last 2.0 s"))
+    names = ["queued 3", "running 2", "turbo high 1", "turbo normal 2"]
+    expect(depth.locator(".legend")).to_have_text(names)
+    expect(wait.locator(".legend")).to_have_text(["of all 4.0 s", "turbo high 2.0 s", "turbo normal 4.0 s"])
+    styles = "lines => lines.map(line => [getComputedStyle(line).stroke, getComputedStyle(line).strokeDasharray])"
+    drawn = [tuple(style) for style in plot.locator("path.line").evaluate_all(styles)]
+    assert drawn[::2] == drawn[1::2] and len({dashes for _, dashes in drawn}) == 3, "four lines, each with a gap"
+    assert [tuple(style) for style in depth.locator(".swatch line").evaluate_all(styles)] == drawn[::2]
+    plot.focus()
+    page.keyboard.press("End")
+    expect(depth.get_by_role("status")).to_contain_text(": queued 3, running 2, turbo high 1, turbo normal 2")
+    box = plot.bounding_box()
+    assert box is not None
+    gap = {"x": 52 + (box["width"] - 60) * 35 / 90, "y": 60.0}
+    (plot.hover if size == "desktop" else plot.tap)(position=gap)
+    expect(depth.locator(".legend b")).to_have_text(["–"] * 4)
+    depth.get_by_text("Table", exact=False).first.click()
+    expect(depth.get_by_role("columnheader")).to_have_text(["Time", "queued", "running", "turbo high", "turbo normal"])
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") == 0
+
+
+def test_of_very_many_queues_the_fullest_have_lines_and_the_rest_is_told(staged: Staged) -> None:
+    queues = [waits(f"model{nth}", "normal", nth + 1, 1.0) for nth in range(11)]
+    page, _ = staged(past=past_of(queues=queues, queued=66))
+    depth = chart_of(page, "Queue depth")
+    expect(depth.locator(".others .legend")).to_have_text(
+        [f"model{nth} normal {nth + 1}" for nth in sorted(range(3, 11), key=str)]
+    )
+    expect(depth).to_contain_text("3 more in which less waited")
+    expect(depth.get_by_role("img")).to_have_accessible_name(re.compile("; 3 more in which less waited"))
+    dashes = "lines => new Set(lines.map(line => getComputedStyle(line).strokeDasharray)).size"
+    assert depth.locator(".others line").evaluate_all(dashes) == 8, "told apart without their colours"
+
+
+def test_nothing_that_waits_looks_calm_and_what_is_not_known_is_not_there(staged: Staged) -> None:
+    page, _ = staged(past=past_of(queues=[], queued=0, oldest_age_seconds=None, joules_per_image=None))
+    wait = chart_of(page, "Oldest wait")
+    expect(wait.get_by_role("img")).to_have_accessible_name(re.compile("minutes: last 0 s, lowest 0 s, highest 0 s"))
+    expect(wait.locator(".legend b")).to_have_text(["0 s"])
+    expect(wait.locator(".others .legend")).to_have_count(0)
+    assert wait.locator("path.line").count() == 2, "a line at nothing, broken where nothing is known"
+    expect(chart_of(page, "Energy per image")).to_be_hidden()
+
+
+def test_energy_per_image_is_a_chart_where_anybody_tells_of_it(staged: Staged) -> None:
+    page, _ = staged()
+    plot = chart_of(page, "Energy per image").get_by_role("img")
+    expect(plot).to_have_accessible_name(re.compile("last 812 J, lowest 812 J, highest 812 J"))
+    assert plot.locator("path.line").count() == 2

@@ -13,7 +13,7 @@ from tests.browser.conftest import Fleet, Visit
 
 WEB = Path(__file__).parents[2] / "gateway" / "web"
 MOST_BYTES = 200_000
-INKS = ("ink", "faint", "accent", "good", "warn", "bad", "second")
+INKS = ("ink", "faint", "accent", "good", "warn", "bad", "second", "third")
 
 
 def tokens() -> dict[str, tuple[str, str]]:

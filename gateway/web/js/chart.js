@@ -1,7 +1,7 @@
 // Charts over time, as SVG: axes with units, a read-out by pointer, touch and arrow keys, a sentence and a table for
 // those who do not see the lines. What is not known is a gap, never a zero.
 
-import { h, s, say } from "./dom.js";
+import { h, keyed, s, say } from "./dom.js";
 
 const HEIGHT = 128;
 const PAD = { left: 52, right: 8, top: 8, bottom: 20 };
@@ -10,38 +10,53 @@ const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-d
 const day = new Intl.DateTimeFormat("en", { weekday: "short" });
 const full = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 
-/** A chart of one or two series of the same unit.
- *  `series`: [{name, of(point, history) -> number or null}]; `scale`: one of scales.js. */
+/** A chart of one or two series of the same unit, and of what there is beside them.
+ *  `series`: [{name, of(point, history) -> number or null}]; `scale`: one of scales.js; `optional`: not there at all while
+ *  nothing is known. */
 export class Chart {
-  constructor({ title, series, scale }) {
-    Object.assign(this, { title, series, scale, history: null, at: null, width: 0 });
+  constructor({ title, series, scale, optional = false }) {
+    Object.assign(this, { title, series: series.map((one, style) => ({ ...one, style })), scale, optional, history: null, at: null, width: 0 });
     this.moment = h("span", { class: "faint number" });
-    this.values = series.map(() => h("b", { class: "number" }, "–"));
     this.svg = s("svg", { class: "plot", role: "img", tabindex: "0", height: HEIGHT });
     this.aloud = h("span", { class: "visually-hidden", role: "status" });
+    this.heads = h("tr");
     this.rows = h("tbody");
     this.table = h("details", { class: "figures", ontoggle: () => this.#fillTable() },
       h("summary", {}, "Table", h("span", { class: "visually-hidden" }, `: ${title}`)),
       h("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": title },
-        h("table", {},
-          h("thead", {}, h("tr", {}, ["Time", ...series.map((one) => one.name)].map((name) => h("th", { scope: "col" }, name)))),
-          this.rows)));
-    const legend = series.map((one, index) =>
-      h("span", { class: `legend series-${index}` }, series.length > 1 ? [h("i", { "aria-hidden": "true" }), one.name, " "] : [], this.values[index]));
+        h("table", {}, h("thead", {}, this.heads), this.rows)));
+    this.legend = h("div", { class: "legends" });
+    this.others = h("div", { class: "legends others" });
+    this.rest = h("p", { class: "faint rest" });
     this.element = h("figure", { class: "card chart" },
-      h("figcaption", {}, h("h3", {}, title), this.moment, h("div", { class: "legends" }, legend)),
-      this.svg, this.aloud, this.table);
+      h("figcaption", {}, h("h3", {}, title), this.moment, this.legend),
+      this.svg, this.aloud, this.others, this.rest, this.table);
+    this.#name([]);
     this.#listen();
   }
 
-  /** Show another history, as of GET /api/history, which goes back `seconds`; `span` says so in words. */
-  draw(history, seconds, span) {
+  /** Show another history, as of GET /api/history, which goes back `seconds`; `span` says so in words. `more` are series
+   *  beside the chart's own, each with the number of its `style`; `rest` says what else there is. */
+  draw(history, seconds, span, { series: more = [], rest = "" } = {}) {
     Object.assign(this, { history, seconds, span });
-    this.lines = this.series.map((one) => history.points.map((point) => one.of(point, history) ?? null));
+    this.#name(more, rest);
+    this.lines = this.shown.map((one) => history.points.map((point) => one.of(point, history) ?? null));
+    this.element.hidden = this.optional && this.lines.flat().every((value) => value === null);
     this.times = history.points.map((point) => Date.parse(point.at));
     if (this.at !== null && this.at >= this.times.length) this.at = null;
     this.#paint();
     if (this.table.open) this.#fillTable();
+  }
+
+  /** Say which series there are: in the legends, and at the head of the table. */
+  #name(more, rest = "") {
+    this.shown = [...this.series, ...more];
+    keyed(this.legend, this.series, (one) => one.name, key, (element) => element.classList.toggle("alone", this.shown.length === 1));
+    keyed(this.others, more, (one) => `${one.style} ${one.name}`, key, () => {});
+    this.values = [...this.legend.children, ...this.others.children].map((element) => element.lastElementChild);
+    say(this.rest, rest);
+    const heads = ["Time", ...this.shown.map((one) => one.name)];
+    keyed(this.heads, heads, (name) => name, (name) => h("th", { scope: "col" }, name), () => {});
   }
 
   #listen() {
@@ -55,7 +70,7 @@ export class Chart {
       event.preventDefault();
       const last = this.times.length - 1;
       this.#point(Math.min(last, Math.max(0, (this.at ?? last) + MOVES[event.key])));
-      say(this.aloud, `${full.format(this.times[this.at])}: ${this.#read(this.at).join(", ")}`);
+      say(this.aloud, `${full.format(this.times[this.at])}: ${this.#sentence(this.at)}`);
     });
     new ResizeObserver(([entry]) => {
       this.width = Math.floor(entry.contentRect.width);
@@ -77,13 +92,13 @@ export class Chart {
     svg.replaceChildren(
       ...ticks.map((tick) => axis(PAD.left, width - PAD.right, this.y(tick), this.scale.label(tick))),
       ...marks(from, to, (width - PAD.left - PAD.right) / 44).map(([time, text]) => mark(this.x(time), text, width)),
-      ...this.lines.flatMap((values, index) => this.#line(values, index)), this.cursor);
+      ...this.lines.flatMap((values, index) => this.#line(values, this.shown[index].style)), this.cursor);
     svg.setAttribute("aria-label", this.#summary());
     this.#point(this.at);
   }
 
   /** The line of a series, broken where nothing is known; a moment known alone is a dot. */
-  #line(values, index) {
+  #line(values, style) {
     const far = this.history.step_seconds * 1500;
     const runs = [];
     values.forEach((value, i) => {
@@ -94,11 +109,11 @@ export class Chart {
     });
     const path = (run) => `M${run.map((each) => each.join(" ")).join("L")}`;
     const floor = this.y(0);
-    const areas = index > 0 ? [] : runs.filter((run) => run.length > 1).map((run) =>
+    const areas = style > 0 ? [] : runs.filter((run) => run.length > 1).map((run) =>
       s("path", { class: "area", d: `${path(run)}L${run.at(-1)[0]} ${floor}L${run[0][0]} ${floor}Z` }));
     return [...areas, ...runs.map((run) =>
-      run.length > 1 ? s("path", { class: `line series-${index}`, d: path(run) })
-        : s("circle", { class: `dot series-${index}`, cx: run[0][0], cy: run[0][1], r: 2 }))];
+      run.length > 1 ? s("path", { class: `line series-${style}`, d: path(run) })
+        : s("circle", { class: `dot series-${style}`, cx: run[0][0], cy: run[0][1], r: 2 }))];
   }
 
   /** Read out the figures of one point, or with null the last that are known. */
@@ -115,7 +130,7 @@ export class Chart {
     const x = this.x(this.times[index]);
     this.cursor.append(s("line", { x1: x, x2: x, y1: PAD.top, y2: HEIGHT - PAD.bottom }));
     this.lines.forEach((values, i) => {
-      if (values[index] !== null) this.cursor.append(s("circle", { class: `dot series-${i}`, cx: x, cy: this.y(values[index]), r: 3.5 }));
+      if (values[index] !== null) this.cursor.append(s("circle", { class: `dot series-${this.shown[i].style}`, cx: x, cy: this.y(values[index]), r: 3.5 }));
     });
   }
 
@@ -129,14 +144,22 @@ export class Chart {
     return this.lines.map((values) => (index >= 0 && values[index] !== null ? this.scale.say(values[index]) : "–"));
   }
 
+  /** The figures of one point as a sentence: two without their names, of more those that there are. */
+  #sentence(index) {
+    const texts = this.#read(index);
+    if (texts.length < 3) return texts.join(", ");
+    return texts.map((text, i) => `${this.shown[i].name} ${text}`).filter((_, i) => i === 0 || this.lines[i][index]).join(", ");
+  }
+
   #summary() {
     const told = this.lines.map((values, index) => {
       const known = values.filter((value) => value !== null);
-      const name = this.series.length > 1 ? `${this.series[index].name}: ` : "";
+      const name = this.shown.length > 1 ? `${this.shown[index].name}: ` : "";
       if (!known.length) return `${name}nothing is known`;
       const [low, high, last] = [Math.min(...known), Math.max(...known), known.at(-1)].map(this.scale.say);
       return `${name}last ${last}, lowest ${low}, highest ${high}`;
     });
+    if (this.rest.textContent) told.push(this.rest.textContent);
     return `${this.title}, the last ${this.span}: ${told.join("; ")}. Arrow keys read single points.`;
   }
 
@@ -145,6 +168,13 @@ export class Chart {
     this.rows.replaceChildren(...this.times.map((time, index) =>
       h("tr", {}, h("th", { scope: "row" }, full.format(time)), this.#read(index).map((text) => h("td", { class: "number" }, text)))).reverse());
   }
+}
+
+/** A series in the legend: its line, its name, and the figure that is read out. */
+function key({ name, style }) {
+  return h("span", { class: "legend" },
+    s("svg", { class: "swatch", width: 24, height: 8, "aria-hidden": "true" }, s("line", { class: `line series-${style}`, x1: 0, x2: 24, y1: 4, y2: 4 })),
+    h("span", {}, name, " "), h("b", { class: "number" }, "–"));
 }
 
 function axis(left, right, y, text) {

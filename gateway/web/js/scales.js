@@ -43,7 +43,7 @@ export const times = {
   },
   label: (value) =>
     value < 60 ? `${plain(value)} s` : value < 3600 ? `${plain(value / 60)} min` : value < 86_400 ? `${plain(value / 3600)} h` : `${plain(value / 86_400)} d`,
-  say: seconds,
+  say: (value) => (value === 0 ? "0 s" : seconds(value)),
 };
 
 /** Ratios, as per cent; `full` shows the whole hundred. */
@@ -64,4 +64,11 @@ export const memory = {
   },
   label: (value) => (value === 0 ? "0" : value < 1024 ? `${plain(value)} MiB` : `${plain(value / 1024)} GiB`),
   say: (value) => (value < 1024 ? `${Math.round(value)} MiB` : `${figure(value / 1024)} GiB`),
+};
+
+/** Joules. */
+export const energy = {
+  ticks: (most) => steps(Math.max(most, 1), decimalStep(Math.max(most, 1))),
+  label: (value) => (value >= 1000 ? `${plain(value / 1000)} kJ` : `${plain(value)} J`),
+  say: (value) => (value >= 1000 ? `${figure(value / 1000)} kJ` : `${figure(value)} J`),
 };

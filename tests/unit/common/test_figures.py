@@ -10,6 +10,7 @@ import pytest
 
 from common.broker import Broker
 from common.cards import GpuReading, WorkerCard
+from common.fleet import lines
 from common.link import SCRIPTS
 from common.records import Hold
 from common.schemas import ImageRef, StageTimings, TaskError
@@ -29,6 +30,12 @@ def claim(broker: Broker, room: int = 1, worker: str = "h.gpu0.a") -> list[Hold]
 def due(server: RedisServer, intervals: int = 1) -> None:
     """Let so many intervals pass since the last sample."""
     server.client.set("zf:sampled", int(time.time() / 10) - intervals)
+
+
+def sampled(broker: Broker, server: RedisServer) -> None:
+    """Take the next interval's sample."""
+    due(server)
+    assert broker.sample()
 
 
 def test_a_task_counts_from_submit_to_success(broker: Broker, submit: SubmitFn) -> None:
@@ -152,8 +159,115 @@ def test_a_sample_has_counters_and_how_the_fleet_stands(
     assert (point.gpu_utilisation_percent, point.gpu_memory_used_mb) == (90, 800), "a GPU that two share is one"
     assert point.oldest_age_seconds is not None and 0 <= point.oldest_age_seconds < 10
     assert point.p95_seconds is not None and 0 < point.p95_seconds <= 0.1
-    text = redis_server.client.lindex("zf:history:15m", -1)
-    assert "simulated" not in text and json.loads(text)["counts"]["took|0.1"] == 1, "summed over models"
+    counts = json.loads(redis_server.client.lindex("zf:history:15m", -1))["counts"]
+    assert not any("simulated" in field for field in counts) and counts["took|0.1"] == 1, "summed over models"
+
+
+def test_a_sample_has_what_waits_by_model_and_priority(
+    broker: Broker, submit: SubmitFn, redis_server: RedisServer
+) -> None:
+    for tenant, model, priority in (
+        ("a", "simulated", "normal"), ("b", "simulated", "normal"), ("a", "simulated", "low"), ("a", "pico", "high"),
+    ):  # fmt: skip
+        for _ in range(2):
+            submit(tenant=tenant, model=model, priority=priority)
+    claim(broker, 2)
+    redis_server.client.sadd("rq:queues", "rq:queue:webhooks.acme", "rq:queue:somebody", "rq:queue:simulated.high.gone")
+    redis_server.client.rpush("rq:queue:webhooks.acme", "x")
+    redis_server.client.rpush("rq:queue:simulated.low.forged", "x")
+    redis_server.client.sadd("rq:queues", "rq:queue:simulated.low.forged")
+    broker.sample()
+    told = {(line.model, line.priority): line for line in lines(broker.queues())}
+    due(redis_server)
+    broker.sample()
+    (point,) = broker.history("15m")
+    assert point.queues is not None
+    assert [(queue.model, queue.priority, queue.queued) for queue in point.queues] == [
+        ("pico", "high", 2), ("simulated", "normal", 2), ("simulated", "low", 3)
+    ]  # fmt: skip
+    for queue in point.queues:
+        then = told[queue.model, queue.priority]
+        assert then.queued == queue.queued, "as GET /api/fleet has it"
+        assert then.oldest_age_seconds is not None and queue.oldest_age_seconds is not None
+        assert then.oldest_age_seconds <= queue.oldest_age_seconds < then.oldest_age_seconds + 10
+
+
+def test_nothing_that_waits_is_known_as_that(broker: Broker, redis_server: RedisServer) -> None:
+    sampled(broker, redis_server)
+    sampled(broker, redis_server)
+    (point,) = broker.history("15m")
+    assert point.queues == []
+
+
+def test_what_waits_costs_a_sample_by_its_queues_and_not_by_its_tasks(
+    broker: Broker, redis_server: RedisServer
+) -> None:
+    def commands() -> int:
+        told = redis_server.client.info("commandstats")
+        before = sum(each["calls"] for each in told.values())
+        sampled(broker, redis_server)
+        told = redis_server.client.info("commandstats")
+        return int(sum(each["calls"] for each in told.values()) - before)
+
+    submit_many(broker, 5)
+    few = commands()
+    submit_many(broker, 95)
+    assert commands() <= few + 10, "a window's step may have begun"
+
+
+def test_a_sample_of_an_earlier_version_is_read_and_tells_nothing_of_queues(
+    broker: Broker, redis_server: RedisServer
+) -> None:
+    now = int(time.time() * 1000)
+    for at in (now - 10_000, now):
+        old = {"at": at, "counts": {"images": 1}, "queued": 3, "running": 0, "workers": 1}
+        redis_server.client.rpush("zf:history:15m", json.dumps(old))
+    (point,) = broker.history("15m")
+    assert (point.queued, point.queues, point.joules_per_image) == (3, None, None)
+
+
+def test_energy_is_what_readings_have_grown_by_each_gpu_once(
+    broker: Broker, redis_server: RedisServer, card: Callable[[str], WorkerCard]
+) -> None:
+    def told(**joules: float | None) -> int | None:
+        """Return what is counted once workers have told: `a0b` is a worker of host a's GPU 0."""
+        for name, energy in joules.items():
+            gpu = GpuReading(name="H100", index=int(name[1]), energy_j=energy)
+            broker.beat(card(f"h.gpu{name[1]}.{name}").model_copy(update={"host": name[0], "gpu": gpu}), [], 60)
+        sampled(broker, redis_server)
+        return broker.counts().get("joules")
+
+    assert told(a0=None) is None, "nobody has told"
+    assert told(a0=1000.9) == 0, "what it used before is nobody's"
+    assert told(a0=1700.2, a0b=1800.0, a1=50_000.0) == 800, "two workers share a GPU: its newest reading counts"
+    assert told(a0=1850.0, a0b=1900.0, a1=50_100.0) == 1000
+    assert told(a0=1900.0, a0b=5.0, b0=7.0) == 1000, "a driver was loaded again; another host has a GPU 0"
+    assert told(a0b=6.5, b0=7.6) == 1001, "whole joules, of which none is lost"
+    assert told(b0=8.0) == 1002
+    redis_server.client.hset("zf:energy", "b|0", f"8 {int(time.time() * 1000) - 301_000}")
+    assert told(b0=90_000.0) == 1002, "what it used while nobody told of it"
+    assert set(redis_server.client.hkeys("zf:energy")) == {"a|0", "a|1", "b|0"}
+    redis_server.client.hset("zf:energy", "gone|0", f"8 {int(time.time() * 1000) - 301_000}")
+    sampled(broker, redis_server)
+    assert "gone|0" not in redis_server.client.hkeys("zf:energy"), "hosts that come and go leave nothing behind"
+
+
+def test_energy_per_image_is_of_a_step_and_of_late(
+    broker: Broker, submit: SubmitFn, redis_server: RedisServer, card: Callable[[str], WorkerCard]
+) -> None:
+    def told(joules: float | None, images: int = 0) -> None:
+        gpu = GpuReading(name="H100", index=0, energy_j=joules)
+        broker.beat(card("h.gpu0.a").model_copy(update={"gpu": gpu}), [], 60)
+        for _ in range(images):
+            submit()
+            (hold,) = claim(broker)
+            broker.finish("h.gpu0.a", hold, "succeeded", images=[IMAGE])
+        sampled(broker, redis_server)
+
+    for joules, images in ((5000.0, 0), (6500.0, 3), (7000.0, 0), (None, 2)):
+        told(joules, images)
+    assert [point.joules_per_image for point in broker.history("15m")] == [500.0, None, None]
+    assert broker.recent().joules_per_image == 400.0, "idling included"
 
 
 def test_without_gpus_or_workers_their_figures_are_null(broker: Broker, redis_server: RedisServer) -> None:

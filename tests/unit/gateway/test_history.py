@@ -24,9 +24,13 @@ def test_a_chart_has_a_point_for_each_step(client: FlaskClient, worker: FakeWork
     (point,) = answer["points"]
     assert point.pop("at").endswith("Z") and point.pop("oldest_age_seconds") >= 0
     assert 0 < point.pop("p50_seconds") <= point.pop("p95_seconds") < 30
+    (line,) = point.pop("queues")
+    assert line.pop("oldest_age_seconds") >= 0
+    assert line == {"model": "simulated", "priority": "normal", "queued": 1}
     assert point == {
         "submitted": 2, "succeeded": 1, "failed": 0, "canceled": 0, "expired": 0, "images": 2, "error_ratio": 0.0,
         "queued": 1, "running": 0, "workers": 1, "gpu_utilisation_percent": None, "gpu_memory_used_mb": 1000,
+        "joules_per_image": None,
     }  # fmt: skip
 
 

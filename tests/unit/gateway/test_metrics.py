@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +21,7 @@ from common.schemas import TaskError
 from common.settings import Settings, load_settings
 from gateway.app import TRAFFIC, create_app
 from tests.conftest import resolved
-from tests.servers import free_port
+from tests.servers import RedisServer, free_port
 from tests.unit.gateway.fake_worker import FakeWorker
 
 
@@ -134,6 +135,24 @@ def test_a_figure_that_the_driver_does_not_give_is_left_out(client: FlaskClient,
     worker.beat(gpu=GpuReading(name="T4", index=0, memory_used_mb=1))
     found = scraped(client)
     assert of(found, "zfleet_gpu_memory_used_bytes") and not of(found, "zfleet_gpu_energy_joules_total")
+
+
+def test_energy_is_told_of_the_fleet_and_for_an_image(
+    client: FlaskClient, worker: FakeWorker, broker: Broker, redis_server: RedisServer, settings: Settings
+) -> None:
+    names = "zfleet_energy_joules_total", "zfleet_image_energy_joules"
+    assert not of(scraped(client), *names), "nobody told"
+    for joules in (9000.25, 9600.5):
+        worker.beat(gpu=READING.model_copy(update={"energy_j": joules}))
+        redis_server.client.set("zf:sampled", int(time.time() / 10) - 1)
+        broker.sample()
+        client.post("/api/submit", json={"prompt": "x", "n": 2})
+        worker.work()
+    assert of(scraped(client), *names) == {(names[0],): 600}, "the pictures came after the sample"
+    redis_server.client.set("zf:sampled", int(time.time() / 10) - 1)
+    broker.sample()
+    found = scraped(create_app(settings).test_client())  # the first keeps for seconds how it was of late
+    assert of(found, *names) == {(names[0],): 600, (names[1],): 150}
 
 
 def test_what_workers_and_transitions_counted_is_told(client: FlaskClient, worker: FakeWorker, broker: Broker) -> None:

@@ -4,7 +4,8 @@ import { get } from "../api.js";
 import { Chart } from "../chart.js";
 import { h, say } from "../dom.js";
 import { repeat } from "../live.js";
-import { counts, memory, rates, ratios, times } from "../scales.js";
+import { counts, energy, memory, rates, ratios, times } from "../scales.js";
+import { figure, lines } from "./lines.js";
 
 const KEPT = "zfleet.window";
 const WINDOWS = {
@@ -20,15 +21,17 @@ const ENDED = ["succeeded", "failed", "canceled", "expired"]; // as the tile cou
 const perMinute = (...names) => (point, { step_seconds: step }) =>
   names.some((name) => point[name] === null) ? null : names.reduce((total, name) => total + point[name], 0) * (60 / step);
 const line = (name, of) => ({ name, of: of ?? ((point) => point[name]) });
+const oldest = (point) => (point.queued === null ? null : point.oldest_age_seconds ?? 0);
 const CHARTS = [
   { title: "Throughput", scale: rates, series: [line("tasks", perMinute(...ENDED)), line("images", perMinute("images"))] },
   { title: "Time to image", scale: times, series: [line("p50", (point) => point.p50_seconds), line("p95", (point) => point.p95_seconds)] },
   { title: "Error rate", scale: ratios(false), series: [line("error_ratio")] },
   { title: "Workers", scale: counts, series: [line("workers")] },
-  { title: "Queue depth", scale: counts, series: [line("queued"), line("running")] },
-  { title: "Oldest wait", scale: times, series: [line("oldest_age_seconds")] },
+  { title: "Queue depth", scale: counts, series: [line("queued"), line("running")], each: (queue) => queue.queued },
+  { title: "Oldest wait", scale: times, series: [line("of all", oldest)], each: (queue) => queue.oldest_age_seconds },
   { title: "GPU utilisation", scale: ratios(true), series: [line("utilisation", (point) => share(point.gpu_utilisation_percent))] },
   { title: "GPU memory", scale: memory, series: [line("gpu_memory_used_mb")] },
+  { title: "Energy per image", scale: energy, series: [line("joules_per_image")], optional: true },
 ];
 
 /** In how many seconds there is more to be seen. */
@@ -39,11 +42,21 @@ function nextStep({ points, step_seconds: step }) {
 
 const share = (value) => (value === null ? null : value / 100);
 
+/** What a chart shows beside the whole, where it shows `each` queue. */
+function beside(each, found, rest) {
+  if (!each) return {};
+  return {
+    series: found.map(({ name, style }) => ({ name, style, of: (point) => figure(point, name, each) })),
+    rest: rest ? `${rest} more in which less waited` : "",
+  };
+}
+
 /** The charts and the choice of their window; they are drawn anew as the gateway's history grows, until `signal` aborts. */
 export function trends(signal) {
   let window = WINDOWS[localStorage.getItem(KEPT)] ? localStorage.getItem(KEPT) : "15m";
   let due = LATEST_S;
   const charts = CHARTS.map((about) => new Chart(about));
+  const waited = lines();
   const wrong = h("p", { class: "bad small", role: "status" });
   const load = async () => {
     const asked = window;
@@ -52,7 +65,8 @@ export function trends(signal) {
       if (asked !== window) return;
       due = nextStep(history);
       const [seconds, , words] = WINDOWS[asked];
-      charts.forEach((chart) => chart.draw(history, seconds, words));
+      const { found, rest } = waited(history);
+      charts.forEach((chart, index) => chart.draw(history, seconds, words, beside(CHARTS[index].each, found, rest)));
       say(wrong, "");
     } catch (error) {
       if (error.status === 401) throw error;
