@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from common.broker import Broker
 from common.settings import Settings
@@ -21,6 +22,9 @@ from tests.servers import GatewayServer, RedisServer, WorkerServer, binary, even
 from tests.tenants import new_key
 from zfleet.client import Client
 
+PATIENCE_S = 30  # with a page of which something is expected, on a busy machine
+START_S = 120  # a browser's first page waits for the browser
+TEST_S = 300  # the first test waits for fleet and browser, too
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 QUIET = (
     "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -39,6 +43,15 @@ steps = 40
 max_batch = 1
 options = { image_ms = 20000, faults = true }
 """  # time enough to look at a task that runs; and it fails for prompts that say so
+
+
+expect.set_options(timeout=PATIENCE_S * 1000)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(TEST_S))
 
 
 @dataclass
@@ -110,12 +123,15 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """The Chromium of this machine, headless."""
+def browser(fleet: Fleet) -> Iterator[Browser]:
+    """The Chromium of this machine, headless, which has shown a page already."""
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(
-            executable_path=binary("chromium"), args=list(QUIET), chromium_sandbox=False
+            executable_path=binary("chromium"), args=list(QUIET), chromium_sandbox=False, timeout=START_S * 1000
         )
+        with running.new_page() as page:
+            page.goto(fleet.url, timeout=START_S * 1000)
+            page.get_by_role("heading", level=1).wait_for(timeout=START_S * 1000)
         yield running
         running.close()
 

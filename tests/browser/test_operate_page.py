@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 
 import pytest
 from playwright.sync_api import Locator, Page, Route, expect
@@ -16,10 +14,7 @@ from tests.browser.conftest import SIZES, Fleet, Visit
 from tests.browser.states import Stage, fleet_of, worker
 from tests.browser.test_fleet_page import rq_of, submit
 from tests.fleet import await_final, ready_workers, record
-from tests.tenants import new_key
 from tests.unit.gateway.fake_worker import FakeWorker
-
-STOPS_WITHIN = timedelta(seconds=2)
 
 
 @pytest.fixture
@@ -49,25 +44,18 @@ def told(part: Locator) -> Locator:
 
 
 @pytest.mark.parametrize("size", list(SIZES))
-def test_pausing_stops_claims_within_two_seconds(operate: Callable[..., Page], fleet: Fleet, size: str) -> None:
+def test_the_fleet_is_paused_and_goes_on(operate: Callable[..., Page], fleet: Fleet, size: str) -> None:
     page = operate(size)
     part = section(page, "Fleet")
     expect(part).to_contain_text("Running")
-    ids = submit(fleet, 16)
-    pressed = datetime.now(UTC)
     part.get_by_role("button", name="Pause the fleet").press("Enter")
     expect(told(part)).to_have_text("The fleet is paused: no task is begun until it is resumed.")
     expect(part.get_by_role("button", name="Resume the fleet")).to_be_focused()
-    time.sleep(STOPS_WITHIN.total_seconds())
-    began = [task.started_at for task in (record(fleet.broker, task_id) for task_id in ids) if task.started_at]
-    assert len(began) < len(ids), "more would have begun"
-    assert max(began, default=pressed) < pressed + STOPS_WITHIN
     with rq_of(fleet) as connection:
         assert suspension.is_suspended(connection)
         part.get_by_role("button", name="Resume the fleet").press("Enter")
         expect(part).to_contain_text("Running")
         assert not suspension.is_suspended(connection)
-        await_final(fleet.broker, ids)
         suspension.suspend(connection)  # by RQ's own tools: the page shows it
         expect(part).to_contain_text("Paused")
         suspension.resume(connection)
@@ -168,77 +156,24 @@ def test_failed_tasks_are_requeued_and_purged(
     expect(told(part)).to_have_text("There are none.")
 
 
-@pytest.mark.parametrize("size", list(SIZES))
-def test_a_key_is_made_shown_once_rotated_and_revoked(operate: Callable[..., Page], fleet: Fleet, size: str) -> None:
-    page = operate(size)
-    part = section(page, "API keys")
-    part.get_by_role("button", name="New key …").click()
-    dialog = page.get_by_role("dialog", name="New API key")
-    tenant = f"studio-{size}"
-    dialog.get_by_label("Tenant").fill(tenant)
-    for label, value in {"Rate": "20/m", "Share": "2.5", "Most queued": "50", "Most running": "2"}.items():
-        dialog.get_by_label(label).fill(value)
-    dialog.get_by_label("Highest priority").select_option("normal")
-    dialog.get_by_label("Ends").select_option("in 30 days")
-    dialog.get_by_role("button", name="Make the key").click()
-    shown = page.get_by_role("dialog", name=f"The new key of {tenant}")
-    made = shown.get_by_label("The new key").input_value()
-    shown.get_by_role("button", name="I have kept it").click()
-    key_id = made.split("_")[1]
-    key = fleet.broker.key(key_id)
-    assert key is not None and key.expires_at is not None
-    assert (key.tenant, key.admin, key.rate, key.max_queued, key.max_running) == (tenant, False, "20/m", 50, 2)
-    assert key.priority_max == "normal" and round((key.expires_at - key.created_at) / timedelta(days=1)) == 30
-    assert fleet.broker.shares()[tenant] == 2.5
-    assert made.split("_")[2] not in page.content()
-    row = part.get_by_role("row").filter(has_text=key_id)
-    for text in (tenant, "active", "to normal", "20/m", "50", "2.5"):
-        expect(row).to_contain_text(text)
-    part.get_by_role("button", name=f"Rotate {key_id}").click()
-    dialog = page.get_by_role("dialog", name="Rotate a key")
-    dialog.get_by_label("The old one still works").select_option("for an hour")
-    dialog.get_by_role("button", name="Make the new key").click()
-    shown.get_by_role("button", name="I have kept it").click()
-    expect(row).to_contain_text("retiring")
-    part.get_by_role("button", name=f"Revoke {key_id}").click()
-    page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
-    expect(told(part)).to_have_text(f"The key {key_id} is revoked.")
-    expect(row).to_contain_text("revoked")
-    expect(row.get_by_role("button")).to_have_count(0)
+REFUSED = [{"task_id": "a" * 32, "code": "input_gone", "detail": "its picture is gone"}]
+MADE = [{"task_id": "b" * 32, "new_task_id": "c" * 32}]
 
 
-def test_a_new_key_is_copied(operate: Callable[..., Page], fleet: Fleet) -> None:
-    page = operate()
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    old = new_key(fleet.broker, "copied").split("_")[1]
-    page.reload()
-    section(page, "API keys").get_by_role("button", name=f"Rotate {old}").click()
-    page.get_by_role("dialog").get_by_role("button", name="Make the new key").click()
-    shown = page.get_by_role("dialog", name="The new key of copied")
-    expect(shown.get_by_label("The new key")).to_be_focused()
-    shown.get_by_role("button", name="Copy").click()
-    expect(shown).to_contain_text("Copied.")
-    assert page.evaluate("navigator.clipboard.readText()") == shown.get_by_label("The new key").input_value()
-
-
-def test_what_the_gateway_refuses_is_said_as_it_says_it(visit: Callable[..., Visit], fleet: Fleet) -> None:
-    seen = visit()
-    seen.expected.append("status of 422")
+def requeueing(visit: Callable[..., Visit], fleet: Fleet, answer: Callable[[Route], None], size: str) -> Visit:
+    """Begin to requeue what the gateway is said to have."""
+    seen = visit(size)
+    seen.page.route("**/api/tasks?*", lambda route: route.fulfill(json={"tasks": [{}], "next_cursor": None}))
+    seen.page.route("**/api/failed/requeue", answer)
     seen.open(fleet.admin, "#/operate")
-    section(seen.page, "API keys").get_by_role("button", name="New key …").click()
-    dialog = seen.page.get_by_role("dialog", name="New API key")
-    dialog.get_by_label("Tenant").fill("acme")
-    dialog.get_by_label("Most queued").evaluate("entry => { entry.min = -9; entry.value = -7; }")
-    dialog.get_by_role("button", name="Make the key").click()
-    expect(told(dialog)).to_have_text(re.compile("max_queued: must be"))
+    seen.page.get_by_role("button", name="Requeue …").click()
+    seen.page.get_by_role("dialog", name="Requeue 2 tasks?").get_by_role("button", name="Requeue").click()
+    return seen
 
 
-def test_what_cannot_be_requeued_is_counted_once(visit: Callable[..., Visit], fleet: Fleet) -> None:
-    seen = visit()
-    refused = [{"task_id": "a" * 32, "code": "input_gone", "detail": "its picture is gone"}]
-    made = [{"task_id": "b" * 32, "new_task_id": "c" * 32}]
+def test_requeueing_goes_on_where_it_left_off(visit: Callable[..., Visit], fleet: Fleet) -> None:
     batches = iter([
-        {"requeued": made, "refused": refused, "more": bool(cursor), "next_cursor": cursor}
+        {"requeued": MADE, "refused": REFUSED, "more": bool(cursor), "next_cursor": cursor}
         for cursor in ("1/q/t", None)
     ])  # fmt: skip
     asked: list[object] = []
@@ -247,13 +182,22 @@ def test_what_cannot_be_requeued_is_counted_once(visit: Callable[..., Visit], fl
         asked.append(route.request.post_data_json)
         route.fulfill(json=next(batches))
 
-    seen.page.route("**/api/tasks?*", lambda route: route.fulfill(json={"tasks": [{}], "next_cursor": None}))
-    seen.page.route("**/api/failed/requeue", answer)
-    seen.open(fleet.admin, "#/operate")
-    seen.page.get_by_role("button", name="Requeue …").click()
-    seen.page.get_by_role("dialog").get_by_role("button", name="Requeue").click()
+    seen = requeueing(visit, fleet, answer, "desktop")
     expect(seen.page.get_by_text("2 tasks requeued. 1 task cannot be: its picture is gone.")).to_be_visible()
     assert asked == [{"limit": 100}, {"limit": 100, "cursor": "1/q/t"}]
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_requeueing_is_stopped(visit: Callable[..., Visit], fleet: Fleet, size: str) -> None:
+    answers = {"requeued": MADE, "refused": REFUSED, "more": True, "next_cursor": "1/q/t"}
+    seen = requeueing(visit, fleet, lambda route: route.fulfill(json=answers), size)
+    dialog = seen.page.get_by_role("dialog", name="Requeue 2 tasks?")
+    expect(dialog.get_by_role("status")).to_have_text(re.compile("[0-9]{2} requeued"))
+    dialog.get_by_role("button", name="Stop").click()
+    expect(told(section(seen.page, "Failed tasks"))).to_have_text(
+        re.compile("[0-9]+ tasks requeued, then stopped. 1 task cannot be: its picture is gone.")
+    )
+    assert (seen.sideways(), seen.nameless()) == (0, [])
 
 
 def test_a_fleet_without_redis_is_said_to_be_unhealthy(visit: Callable[..., Visit], fleet: Fleet) -> None:

@@ -11,6 +11,8 @@ export const key = {
     key.forget();
     (stay ? localStorage : sessionStorage).setItem(KEY, value);
   },
+  /** Keep another key in its place, for as long as that. */
+  replace: (value) => key.set(value, sessionStorage.getItem(KEY) === null && localStorage.getItem(KEY) !== null),
   forget() {
     sessionStorage.removeItem(KEY);
     localStorage.removeItem(KEY);

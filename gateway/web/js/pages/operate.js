@@ -25,5 +25,5 @@ export async function show(main, account, signal) {
     pausing.show(fleet);
     machines.show(fleet);
   };
-  await Promise.all([watch(on, fresh.told, signal), failures.fill(), ring.load()]);
+  await Promise.all([watch(on, fresh.told, signal), failures.fill(), ring.follow()]);
 }
