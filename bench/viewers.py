@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench.caller import Caller
 from bench.cpu import cpu_s
-from bench.fleet import HOST, Fleet, Gateway
+from bench.fleet import HOST, Fleet, Gateway, NotUp
 from bench.report import Row, machine, save, table
 from common.broker import Broker
 from zfleet.interrupts import Interrupts
@@ -30,6 +30,7 @@ IMAGE_MS = 150.0
 BEAT_S = 3.0
 HISTORY_EVERY_S = 10.0  # as the page asks while it shows a quarter of an hour
 GOAL = 0.05  # of a core
+TOLD_WITHIN_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Plan:
     seconds: float = 10.0
 
 
-QUICK = Plan(rounds=1, seconds=2.0)
+QUICK = Plan(viewers=3, workers=4, rounds=1, seconds=1.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def measure(plan: Plan) -> list[Row]:
         for _ in range(plan.rounds):
             without.append(_busy(gateway, plan.seconds))
             with _viewers(gateway, plan.viewers) as told:
-                time.sleep(1.0)  # all are connected, and have been told the first time
+                _await_all(told)
                 before = sum(told)
                 watched.append(_busy(gateway, plan.seconds))
                 heard.append((sum(told) - before) / plan.viewers / plan.seconds)
@@ -94,6 +95,15 @@ def measure(plan: Plan) -> list[Row]:
         Row(measure="… what looking costs", samples=cost, digits=3, goal=GOAL,
             note="the difference of each two rounds in turn"),
     ]  # fmt: skip
+
+
+def _await_all(told: Sequence[int]) -> None:
+    """Wait until each viewer has been told the first time; raises NotUp."""
+    until = time.monotonic() + TOLD_WITHIN_S
+    while not all(told):
+        if time.monotonic() > until:
+            raise NotUp(f"{told.count(0)} of {len(told)} viewers were told nothing in {TOLD_WITHIN_S:g} s")
+        time.sleep(0.05)
 
 
 def _busy(gateway: Gateway, seconds: float) -> float:

@@ -70,3 +70,16 @@ def test_the_crowd_in_its_short_form_measures_every_row(tmp_path: Path) -> None:
         assert seen["polls 200"] > 0, scene
         assert bool(seen.get("polls 304")) == ("with If-None-Match" in scene)
     assert any(seen.get("events") for seen in found["seen"].values())
+
+
+def test_the_viewers_in_their_short_form_measure_every_row(tmp_path: Path) -> None:
+    out = tmp_path / "viewers.json"
+    command = [sys.executable, "-m", "bench.viewers", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(out.read_text("utf-8"))
+    unseen, watched, cost = found["rows"]
+    assert unseen["value"] > 0 and watched["value"] > 0
+    assert watched["measure"].endswith("3 look at the dashboard") and watched["note"].endswith("4 workers")
+    assert cost["goal"] == 0.05 and cost["value"] == pytest.approx(watched["value"] - unseen["value"])
+    assert all(row["measure"] in done.stdout for row in found["rows"])
