@@ -6,6 +6,8 @@
 
 PYTHON ?=
 RUN = .venv/bin/python -m
+# Files beside each other, in the order of tests/conftest.py; xdist's own begins with those of the most tests.
+BESIDE = $(RUN) pytest --dist loadfile --no-loadscope-reorder -m "not gpu and not alone"
 PIP_INSTALL = .venv/bin/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 # A virtual environment whose Python has been removed or upgraded away is made anew.
@@ -34,10 +36,10 @@ up: .venv/.runs ## the fleet, until Ctrl-C: MODEL=pico WORKERS=1
 
 test: .venv/.develops servers ## all tests, or some: TESTS="tests/unit -k client"
 	@if [ -n "$$TESTS" ]; then exec $(RUN) pytest $$TESTS; fi; \
-	$(RUN) pytest -n 3 --dist loadfile -m "not gpu and not alone" tests/unit tests/contract tests/test_architecture.py && \
-	$(RUN) pytest -n 4 --dist loadfile -m "not gpu and not alone" tests/integration tests/browser tests/deploy && \
-	$(RUN) pytest -n 3 --dist loadfile -m "not gpu and not alone" tests/faults && \
-	exec $(RUN) pytest -m alone tests
+	$(BESIDE) -n 3 tests/unit tests/contract tests/test_architecture.py && \
+	$(BESIDE) -n 4 tests/integration tests/browser tests/deploy && \
+	$(BESIDE) -n 3 tests/faults && \
+	exec $(RUN) pytest -m alone $$(grep -rl --include='test_*.py' mark.alone tests)
 
 check: .venv/.develops ## style, types, and who may import whom
 	@$(RUN) ruff check .

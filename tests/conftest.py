@@ -24,6 +24,28 @@ SubmitFn = Callable[..., str]
 for variable in ("OMP_NUM_THREADS", "ZFLEET_CPU_THREADS"):
     os.environ.setdefault(variable, "1")
 
+# What takes longest, longest first: begun last, one process would go on with it when the others have nothing left.
+LONG_FILES = (
+    "integration/test_stack.py", "integration/test_bench.py", "integration/test_load.py",
+    "integration/test_mixed_fleet.py", "browser/test_operate_page.py", "integration/test_worker_limits.py",
+    "integration/test_openapi_fuzz.py", "browser/test_at_work.py", "integration/test_acl.py", "deploy/test_hosts.py",
+    "integration/test_keys.py", "integration/test_inputs.py", "integration/test_fleet.py",
+    "integration/test_one_task.py", "integration/test_rq_tools.py", "integration/test_nginx.py",
+    "integration/test_bench_gpu.py",
+    "unit/worker/test_pico_training.py", "unit/worker/zimage/test_through_the_engine.py",
+    "unit/worker/zimage/test_control.py", "unit/worker/test_pico.py", "unit/worker/test_zimage_memory.py",
+    "unit/worker/zimage/test_pictures.py", "unit/worker/zimage/test_decoding.py", "unit/worker/zimage/test_omni.py",
+    "unit/worker/test_stock.py", "unit/common/test_connection.py", "unit/zfleet/test_cli.py",
+    "faults/test_poison.py", "faults/test_workers.py", "faults/test_redis.py", "faults/test_disk.py",
+    "faults/test_sentinel.py", "faults/test_residency.py", "faults/test_lost_replies.py", "faults/test_books.py",
+    "faults/test_partition.py", "faults/test_edge.py", "faults/test_idempotency.py", "faults/test_clock.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
 
 @pytest.fixture(scope="session")
 def redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
