@@ -36,7 +36,7 @@ LONG_FILES = (
     "unit/worker/zimage/test_control.py", "unit/worker/test_pico.py", "unit/worker/test_zimage_memory.py",
     "unit/worker/zimage/test_pictures.py", "unit/worker/zimage/test_decoding.py", "unit/worker/zimage/test_omni.py",
     "unit/worker/test_stock.py", "unit/common/test_connection.py", "unit/zfleet/test_cli.py",
-    "faults/test_poison.py", "faults/test_workers.py", "faults/test_redis.py", "faults/test_disk.py",
+    "faults/test_workers.py", "faults/test_poison.py", "faults/test_redis.py", "faults/test_disk.py",
     "faults/test_sentinel.py", "faults/test_residency.py", "faults/test_lost_replies.py", "faults/test_books.py",
     "faults/test_partition.py", "faults/test_edge.py", "faults/test_idempotency.py", "faults/test_clock.py",
 )  # fmt: skip

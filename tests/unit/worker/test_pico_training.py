@@ -30,9 +30,11 @@ ONE = Scene((Thing("star", None, "small", "top"),))
 def shorten(patch: pytest.MonkeyPatch) -> None:
     """Make each step of a training small."""
     patch.setattr(vae, "PIXELS", 2 * 64 * 64)
+    patch.setattr(vae, "SAMPLE", 8)
     patch.setattr(text_encoder, "CAPTIONS", 2)
     patch.setattr(denoiser, "TOKENS", 4 * 64)
     patch.setattr(denoiser, "TRIAL_PROMPTS", 2)
+    patch.setattr(evaluate, "STEPS", 2)
     patch.setattr(progress, "KEEP_EVERY", 1)
 
 

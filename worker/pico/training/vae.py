@@ -20,6 +20,7 @@ PIXELS = 9 * 128 * 128  # in a batch
 RATE = 1.5e-3
 OUTLINE = 4.0  # added weight of pixels by an outline: they are few, and they are the shape
 EDGES = 0.3  # weight of the differences between neighbouring pixels beside the pixels' own
+SAMPLE = 256  # pictures whose latents tell the scale
 KL = 1e-4  # a decoder that has learnt to live with noise forgives the transformer's errors too
 
 
@@ -57,6 +58,6 @@ def train(vae: Any, steps: int, kept: Kept, device: str) -> None:
         return  # latents keep the scale that others have learnt
     rng = random.Random(f"{SEED} scale")
     with torch.inference_mode():
-        sample = pixels([scenes.invent(rng) for _ in range(256)], 128, 128, rng).to(device)
+        sample = pixels([scenes.invent(rng) for _ in range(SAMPLE)], 128, 128, rng).to(device)
         means = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(sample, 32)])
     vae.register_to_config(scaling_factor=1 / means.std().item(), shift_factor=means.mean().item())
