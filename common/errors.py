@@ -212,6 +212,10 @@ class StorageError(FleetError):
     retryable = True
 
 
+class NotStored(StorageError):
+    """Raised when a storage that can be reached has no such object."""
+
+
 class StorageFull(StorageError):
     """Raised when there is no room for a result: no space left, a quota used up, or new tasks paused before that."""
 

@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     s3_endpoint: str = Field("", description="the S3 server's address, as https://s3.example; unset: AWS's")
     s3_public_endpoint: str = Field("", description="that address as clients reach it, where it is another one")
     s3_region: str = Field("", description="unset: as the AWS tools would find it")
+    s3_timeout_s: float = Field(
+        10.0, gt=0, description="a call to S3 that stands still fails after this long, its second try included"
+    )
     x_accel: str = Field(
         "", description="Nginx's internal location for results, as /_results/; unset: the gateway sends"
     )
@@ -118,7 +121,9 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="on SIGTERM runs may finish for this long, then are given back")
     crash_limit: int = Field(3, ge=1, description="a task that took its worker down this often is failed")
     run_limits: bool = Field(True, description="whether a picture past its model's run_limit_s is stopped")
-    step_limit_s: float = Field(30.0, gt=0, description="a worker whose step stands still this long is killed")
+    step_limit_s: float = Field(
+        30.0, gt=0, validate_default=True, description="a worker whose step stands still this long is killed"
+    )
     load_limit_s: float = Field(1800.0, gt=0, description="a worker that has not loaded its models by then is killed")
     drift_mb: int = Field(200, ge=1, description="a worker whose memory grew by more than this is renewed between runs")
     drift_window_s: float = Field(300.0, gt=0, description="that growth is measured over this long")
@@ -177,6 +182,14 @@ class Settings(BaseSettings):
         if not beat_s * 2 <= lease_s:
             raise ValueError(f"must be at most half of ZFLEET_LEASE_S ({lease_s:g})")
         return beat_s
+
+    @field_validator("step_limit_s")
+    @classmethod
+    def _calls_to_s3_fit_into_a_step(cls, step_limit_s: float, info: ValidationInfo) -> float:
+        s3_timeout_s = info.data.get("s3_timeout_s", 0.0)
+        if info.data.get("storage") == "s3" and not s3_timeout_s * 2 <= step_limit_s:
+            raise ValueError(f"must be at least twice ZFLEET_S3_TIMEOUT_S ({s3_timeout_s:g})")
+        return step_limit_s
 
     @field_validator("disk_resume_percent")
     @classmethod

@@ -28,6 +28,7 @@ from gateway import (
     ops,
     problems,
     retries,
+    store,
     templates,
     thumbnails,
 )
@@ -73,7 +74,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     broker = broker or Broker(settings)
     doorkeeper = admission.Doorkeeper(broker, settings)
     admission.install(app, doorkeeper)
-    storage = open_storage(settings)
+    storage = store.Store(open_storage(settings), settings)
     disk = DiskGuard(storage, settings)
     pictures = inputs.Inputs(storage, disk, settings)
     targets = Targets(settings.webhook_allow)
@@ -86,7 +87,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
         aliases=settings.aliases(),
     )
     repeats = retries.Retries(gateway.tasks, broker, catalogue, disk, pictures, targets)
-    checkup = health.Checkup(broker, catalogue, disk, settings)
+    checkup = health.Checkup(broker, catalogue, disk, store.Reach(storage), settings)
     overview = fleet.Overview(broker, checkup.look)
     watch = fleet.Watch(overview)
     app.extensions |= {TASKS: gateway.tasks, WATCH: watch}

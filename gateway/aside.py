@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,6 +34,21 @@ class Threads:
         """
         if self._pool is None:
             return call(*args, **named)
+        if not self._turns.acquire(timeout=self._patience_s):
+            raise TooBusy("too many pictures arrive at once; send it again a little later")
+        return self._begun(call, *args, **named)()
+
+    def run_within(self, seconds: float, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Do as `run`, but raise TimeoutError after so many seconds. The thread is lost until the call returns."""
+        if self._pool is None:
+            return call(*args, **named)
+        until = time.monotonic() + seconds
+        if not self._turns.acquire(timeout=seconds):
+            raise TimeoutError
+        return within(until - time.monotonic(), self._begun(call, *args, **named))
+
+    def _begun(self, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> Callable[[], T]:
+        """Let a thread begin, which takes up a turn until it has ended; return what waits for its result."""
 
         def attempt() -> tuple[T | None, BaseException | None]:
             try:
@@ -40,26 +56,49 @@ class Threads:
             except BaseException as error:  # gevent would print what a native thread raises
                 return None, error
 
-        if not self._turns.acquire(timeout=self._patience_s):
-            raise TooBusy("too many pictures arrive at once; send it again a little later")
-        try:
-            result, error = self._pool.apply(attempt)
-        finally:
-            self._turns.release()
-        if error is not None:
-            raise error
-        done: T = result
-        return done
+        done = self._pool.spawn(attempt)
+        done.rawlink(lambda _: self._turns.release())
+
+        def result() -> T:
+            value, error = done.get()
+            if error is not None:
+                raise error
+            returned: T = value
+            return returned
+
+        return result
 
     @functools.cached_property
     def _pool(self) -> Any:
-        monkey = sys.modules.get("gevent.monkey")
-        if monkey is None or not monkey.is_module_patched("threading"):
+        if not _under_gevent():
             return None
         from gevent.threadpool import ThreadPool  # type: ignore[import-untyped]
 
         return ThreadPool(self._count)
 
 
+def within(seconds: float, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """Return what `call` returns, which waits on sockets alone; raises TimeoutError after so many seconds.
+
+    Where threads are native ones nothing ends it.
+    """
+    if not _under_gevent():
+        return call(*args, **named)
+    from gevent import Timeout  # type: ignore[import-untyped]
+
+    timeout = Timeout(seconds)  # no Exception, which a library could take for one of its own
+    try:
+        with timeout:
+            return call(*args, **named)
+    except Timeout as error:
+        if error is not timeout:
+            raise
+        raise TimeoutError from None
+
+
+def _under_gevent() -> bool:
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and monkey.is_module_patched("threading")
+
+
 decoding = Threads(2, patience_s=10.0)  # so that no more pile up than are done by then
-storing = Threads(8)  # apart, as a storage that hangs must hold up nobody else

@@ -29,7 +29,6 @@ from common.storage.base import BaseStorage, attempt_folder
 from gateway import problems, requestlog
 from gateway.admission import caller, open_to
 from gateway.api import NO_STORE, Api, json_answer
-from gateway.aside import storing
 from gateway.retries import Retries
 from gateway.tasks import Tasks
 
@@ -136,7 +135,7 @@ class Clearing:
         if doomed:
             for purged in self._broker.purge(doomed):
                 self._tasks.hub.changed(purged.task_id)
-                storing.run(self._sweep, purged, request_id)
+                self._sweep(purged, request_id)
         return PurgeAnswer(purged=len(doomed), more=len(found) > batch.limit)
 
     def _again(self, failed: FailedTask, request_id: str, requeued: list[Requeued], refused: list[Refused]) -> None:

@@ -19,6 +19,7 @@ from gateway import problems
 from gateway.admission import open_to
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.diskguard import DiskGuard
+from gateway.store import Reach
 
 STATE_KNOWN_S = 3.0  # what Redis says of its file and its replicas is taken for so long
 GPU_GRACE_S = 30.0  # a worker may be so young that its driver has not told of the GPU yet
@@ -38,12 +39,13 @@ class Ready(Wire):
 
 
 class Checkup:
-    """Looks at Redis, the workers' cards and the results' disk. One for a process."""
+    """Looks at Redis, the workers' cards, the results' disk and storage. One for a process."""
 
-    def __init__(self, broker: Broker, catalogue: Catalogue, disk: DiskGuard, settings: Settings) -> None:
+    def __init__(self, broker: Broker, catalogue: Catalogue, disk: DiskGuard, reach: Reach, settings: Settings) -> None:
         self._broker = broker
         self._catalogue = catalogue
         self._disk = disk
+        self._reach = reach
         self._settings = settings
         self._began = time.monotonic()
         self._state: RedisState | None = None
@@ -66,6 +68,7 @@ class Checkup:
             *_gpus(every),
             *_unserved(cards, self._catalogue),
             *(self._disk.reasons() or _disks(disks, self._settings)),
+            *self._reach.reasons(),
             *_file(state),
             *_replicas(state, self._settings),
         ]
@@ -108,7 +111,8 @@ def create(checkup: Checkup) -> Api:
         """Tell how the fleet is: 503 without Redis, else 200, and `degraded` while anything is amiss.
 
         `reasons` says what, and what to do: no worker, or none that serves a model; a GPU that is gone or silent; a
-        disk for results that is nearly full; Redis' file that cannot be written; replicas that are away or lag.
+        disk for results that is nearly full; a storage for
+        pictures that does not answer; Redis' file that cannot be written; replicas that are away or lag.
         """
         found = checkup.look()
         if found.status == "unhealthy":

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from common.errors import (
     Forbidden,
     InvalidRequest,
+    NotStored,
     RedisUnavailable,
     StorageError,
     TaskExpired,
@@ -87,10 +88,12 @@ class Images:
 
     def _from_here(self, image: ImageRef, mimetype: str) -> Response:
         path = self._storage.path(image.key)
-        if not (path.is_file() if path else self._storage.exists(image.key)):
-            self._storage.check()
-            raise TaskExpired("the picture is not in storage any more")
-        source = path or io.BytesIO(self._storage.read(image.key))
+        try:
+            source = io.BytesIO(self._storage.read(image.key)) if path is None else path
+            if path and not self._storage.exists(image.key):
+                raise NotStored("the picture is not in storage")
+        except NotStored:
+            raise TaskExpired("the picture is not in storage any more") from None
         return send_file(source, mimetype=mimetype, etag=image.sha256, conditional=True)
 
 

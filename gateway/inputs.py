@@ -27,7 +27,7 @@ from common.storage.base import BaseStorage
 from gateway import formats, pictures, problems
 from gateway.admission import caller, submits
 from gateway.api import NO_STORE, Api, json_answer
-from gateway.aside import decoding, storing
+from gateway.aside import decoding
 from gateway.bodies import FilePart, Form, digest
 from gateway.diskguard import DiskGuard
 from gateway.pictures import Unusable
@@ -61,7 +61,7 @@ class Inputs:
         except Unusable as error:
             raise InvalidRequest.field(field, str(error)) from None
         handle = inputs.new_handle(tenant)
-        storing.run(self._storage.put, inputs.storage_key(handle), made.png)
+        self._storage.put(inputs.storage_key(handle), made.png)
         return InputImage(
             handle=handle,
             width=made.width,
@@ -106,9 +106,9 @@ class Inputs:
             for one in _each(found):
                 key = inputs.storage_key(one.handle)
                 if one.png:
-                    storing.run(self._storage.put, key, one.png)
+                    self._storage.put(key, one.png)
                 else:
-                    storing.run(self._storage.touch, key)
+                    self._storage.touch(key)
         except StorageError:
             self.drop(found)
             raise
@@ -118,11 +118,11 @@ class Inputs:
         for one in _each(found):
             if one.png:
                 with contextlib.suppress(FleetError):  # a sweep will find it
-                    storing.run(self._storage.delete, inputs.storage_key(one.handle))
+                    self._storage.delete(inputs.storage_key(one.handle))
 
     def _one(self, text: str, files: Mapping[str, bytes], tenant: str) -> Input:
         if inputs.is_handle(text):
-            return storing.run(self._stored, text, tenant)
+            return self._stored(text, tenant)
         data, made = decoding.run(self._read, text, files)
         handle = inputs.new_handle(tenant)
         return Input(handle=handle, width=made.width, height=made.height, identity=digest(data), png=made.png)

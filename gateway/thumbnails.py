@@ -1,4 +1,4 @@
-"""Small pictures for lists: of a task's first picture, made when somebody asks for it, in threads of their own."""
+"""Small pictures for lists: of a task's first picture, made when somebody asks for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flask import Response, request
 from flask_openapi3.types import ResponseDict
 from PIL import Image
 
-from common.errors import RedisUnavailable, StorageError, TaskExpired, TooBusy, UnknownImage, UnknownTask
+from common.errors import NotStored, RedisUnavailable, StorageError, TaskExpired, TooBusy, UnknownImage, UnknownTask
 from common.schemas import ImageRef
 from common.storage.base import BaseStorage
 from gateway import problems
@@ -42,7 +42,11 @@ class Thumbnails:
             if (kept := self._kept.get(image.key)) is not None:
                 self._kept.move_to_end(image.key)
                 return kept
-        made = making.run(self._make, image)
+        try:
+            data = self._storage.read(image.key)
+        except NotStored:
+            raise TaskExpired("the picture is not in storage any more") from None
+        made = making.run(self._make, data)
         with self._lock:
             self._bytes += len(made) - len(self._kept.pop(image.key, b""))
             self._kept[image.key] = made
@@ -50,13 +54,8 @@ class Thumbnails:
                 self._bytes -= len(self._kept.popitem(last=False)[1])
         return made
 
-    def _make(self, image: ImageRef) -> bytes:
-        try:
-            data = self._storage.read(image.key)
-        except StorageError:
-            if self._storage.exists(image.key):
-                raise
-            raise TaskExpired("the picture is not in storage any more") from None
+    @staticmethod
+    def _make(data: bytes) -> bytes:
         try:
             return shrunk(data)
         except Exception:  # Pillow's plugins raise whatever a broken file makes them stumble over

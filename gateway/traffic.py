@@ -14,7 +14,6 @@ from common.errors import RedisUnavailable
 from common.histograms import CALL_SECONDS, Bounds
 from common.storage.base import BaseStorage
 from common.telemetry import get_logger
-from gateway import aside
 
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"})
 OTHER = "other"  # a method that somebody made up
@@ -70,7 +69,7 @@ class Traffic:
     def _try(self, *, with_disk: bool = False) -> None:
         try:
             self.tell()
-            if with_disk and (disk := aside.storing.run(self._storage.disk)):
+            if with_disk and (disk := self._storage.disk()):
                 self._broker.note_disk(socket.gethostname(), disk)
         except RedisUnavailable:  # which whoever asks for anything is told
             return

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from common.broker import Broker
 from common.connection import FOREVER
-from common.errors import FleetError, StorageFull
+from common.errors import FleetError, StorageError, StorageFull
 from common.schemas import ImageRef, StageTimings, TaskError
 from common.storage.base import BaseStorage, attempt_folder
 from common.telemetry import get_logger
@@ -27,10 +27,9 @@ log = get_logger()
 
 THREADS = 2
 STORE_TRIES = 5  # for want of room; housekeeping may make some
-OUTAGE_TRIES = (
-    12  # of a storage that does not answer: about a minute. Finished pictures are worth that, and the backlog
-)
-#   of those that wait keeps the worker from claiming more
+# A storage that fails is tried again for so long. Finished pictures are worth that, and the backlog of those that wait
+# keeps the worker from claiming more.
+OUTAGE_S = 60.0
 STORE_WAIT_S = 0.5  # between the first two; doubles from there
 STORE_LONGEST_WAIT_S = 8.0
 
@@ -56,6 +55,7 @@ class Committer:
         self._abandon_at = FOREVER  # on time.monotonic's clock
         self._heartbeat = heartbeat or Heartbeat()
         self._storing: dict[HeldTask | None, float] = {}  # since when, on the same clock
+        self._failing = False  # the last write did
         self._lock = threading.Lock()  # of that
 
     def commit(self, task: HeldTask) -> None:
@@ -88,9 +88,9 @@ class Committer:
     def _run(self, task: HeldTask) -> None:
         try:
             began = time.perf_counter()
-            images, store_s = [], 0.0
+            images, left, store_s = list[ImageRef](), list[str](), 0.0
             if task.outcome == "succeeded":
-                images = self._store(task)
+                images, left = self._store(task)
                 store_s = task.was_at("store", began)
             stages, began = _stages(task, store_s), time.perf_counter()
             if task.outcome == "released":
@@ -110,6 +110,7 @@ class Committer:
             )
             if task.trace is not None and task.outcome != "lost":  # then whoever took it back has told
                 task.trace.tell(task, self._worker, stages)
+            self._discard(left)  # last, for the storage may hang
         except Exception as error:
             # The lease runs out and the supervisor takes the task back, so nothing is lost.
             log.error("commit_failed", **task.about, error=type(error).__name__)
@@ -137,13 +138,16 @@ class Committer:
             task.outcome = "lost"
             self._discard(image.key for image in images)
 
-    def _store(self, task: HeldTask) -> list[ImageRef]:
-        """Return the stored pictures: all of them or, when one fails, none, and the task's outcome is another then."""
+    def _store(self, task: HeldTask) -> tuple[list[ImageRef], list[str]]:
+        """Return the stored pictures: all of them or, when one fails, none, and the task's outcome is another then.
+
+        Beside them, in that case, the keys of what may have been stored for nothing.
+        """
         request = task.claimed.request
         folder = attempt_folder(self._worker, *task.hold, datetime.now(UTC).date())
         keys = {index: f"{folder}/{index}.{request.format}" for index in sorted(task.pixels)}
         try:
-            return [self._put(task, index, key) for index, key in keys.items()]
+            return [self._put(task, index, key) for index, key in keys.items()], []
         except FleetError as error:
             if self._abandoned():  # not all tries were made: another worker has the time
                 task.outcome = "released"
@@ -158,8 +162,7 @@ class Committer:
         finally:
             self._note(task, began=False)
             task.stored = True
-        self._discard(keys.values())
-        return []
+        return [], list(keys.values())
 
     def _note(self, task: HeldTask | None, *, began: bool) -> None:
         """Let the supervisor know who is at fault should an encoder take the process down, and the pulse who hangs."""
@@ -175,16 +178,22 @@ class Committer:
         request, pixels = task.claimed.request, task.pixels[index]
         self._note(task, began=True)
         data = encode(pixels, request.format, request.quality)
+        began = time.monotonic()
         for tries in itertools.count(1):
+            if self._failing and self._abandoned():
+                raise StorageError("the storage fails, and this worker has to leave")
             self._note(task, began=True)
             try:
                 self._storage.put(key, data)
+                self._failing = False
                 break
             except FleetError as error:
+                self._failing = True
                 log.warning("store_failed", **task.about, code=error.code, tries=tries)
-                most = STORE_TRIES if isinstance(error, StorageFull) else OUTAGE_TRIES
-                wait_s = min(STORE_WAIT_S * 2 ** (tries - 1), STORE_LONGEST_WAIT_S)
-                if tries == most or not self._rest(wait_s):
+                full, waited_s = isinstance(error, StorageFull), time.monotonic() - began
+                if tries == STORE_TRIES if full else waited_s >= OUTAGE_S:
+                    raise
+                if not self._rest(min(STORE_WAIT_S * 2 ** (tries - 1), STORE_LONGEST_WAIT_S)):
                     raise
         return ImageRef(
             key=key,
@@ -197,8 +206,8 @@ class Committer:
         )
 
     def _discard(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            with contextlib.suppress(FleetError):  # a sweep will find it
+        with contextlib.suppress(FleetError):  # a sweep will find them
+            for key in keys:
                 self._storage.delete(key)
 
     def _rest(self, seconds: float) -> bool:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common import inputs
-from common.errors import InputGone, StorageError
+from common.errors import InputGone, NotStored, StorageError
 from common.schemas import ResolvedRequest
 from common.storage.base import BaseStorage
 from common.telemetry import get_logger
@@ -68,10 +68,7 @@ class Inputs:
         return self._once(field, handle)
 
     def _once(self, field: str, handle: str) -> bytes:
-        key = inputs.storage_key(handle)
         try:
-            return self._storage.read(key)
-        except StorageError:
-            if self._storage.exists(key):
-                raise
+            return self._storage.read(inputs.storage_key(handle))
+        except NotStored:
             raise InputGone(f"{field}: the picture is no longer stored; send it again") from None

@@ -4,6 +4,8 @@ supervisor ticks it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import socket
 import time
 from collections.abc import Sequence
@@ -17,12 +19,14 @@ from common.storage.base import BaseStorage, discard_attempt
 from common.telemetry import get_logger
 from worker import traces
 from worker.heartbeat import InHand
+from worker.tidying import Tidying
 
 log = get_logger()
 
 REAP_INTERVAL_S = 1.0
 RECONCILE_INTERVAL_S = 30.0  # of the whole fleet
 DISK_INTERVAL_S = 15.0
+TIDYING_S = 2.0  # at the end, for a storage that may hang
 
 
 class Burial(NamedTuple):
@@ -42,6 +46,7 @@ class Reaper:
         """`broker` should not be patient, as the supervisor has more to do."""
         self._broker = broker
         self._storage = storage
+        self._tidying = Tidying()
         self._dead: list[Burial] = []
         self._away = False
         self._next_reap = self._next_reconcile = self._next_disk = 0.0
@@ -67,7 +72,7 @@ class Reaper:
                 self._broker.sample()
             if now >= self._next_disk:
                 self._next_disk = now + DISK_INTERVAL_S
-                self._note_disk()
+                self._tidying.do(self._note_disk)
             if now >= self._next_reconcile:
                 self._next_reconcile = now + RECONCILE_INTERVAL_S
                 for put_back in self._broker.reconcile(RECONCILE_INTERVAL_S * 0.9):
@@ -91,20 +96,29 @@ class Reaper:
         suspects, bystanders = ([task.task_id for task in group] for group in (burial.suspects, burial.bystanders))
         self._note(self._broker.reap(burial.worker, suspects, bystanders, crashed=burial.crashed))
 
-    def _note_disk(self) -> None:
-        try:
-            disk = self._storage.disk()
-        except StorageError:  # which the gateway tells, and whoever writes there
-            return
-        if disk:
-            self._broker.note_disk(socket.gethostname(), disk)
+    def finish(self) -> None:
+        """Let what is going on at the storage come to its end, if it does so soon."""
+        self._tidying.finish(TIDYING_S)
 
     def _note(self, reaped: list[Reaped]) -> None:
-        for task_id, fence, outcome, worker, request_id in reaped:
-            about = {"task_id": task_id, "request_id": request_id, "attempt": fence, "worker": worker}
-            log.warning("task_reaped", **about, outcome=outcome)
-            traces.tell_of_the_dead(self._broker, task_id, fence)
-            try:
-                discard_attempt(self._storage, worker, task_id, fence)  # stored, perhaps, and never committed
-            except StorageError as error:
-                log.warning("attempt_not_discarded", **about, error=error.message)
+        for task in reaped:
+            log.warning("task_reaped", **_about(task), outcome=task.outcome)
+            traces.tell_of_the_dead(self._broker, task.task_id, task.fence)
+            self._tidying.do(functools.partial(self._discard, task))  # stored, perhaps, and never committed
+
+    # In the thread that may hang
+
+    def _note_disk(self) -> None:
+        with contextlib.suppress(StorageError, RedisUnavailable):  # which the gateway tells, and whoever writes there
+            if disk := self._storage.disk():
+                self._broker.note_disk(socket.gethostname(), disk)
+
+    def _discard(self, task: Reaped) -> None:
+        try:
+            discard_attempt(self._storage, task.worker, task.task_id, task.fence)
+        except StorageError as error:
+            log.warning("attempt_not_discarded", **_about(task), error=error.message)
+
+
+def _about(task: Reaped) -> dict[str, str | int]:
+    return {"task_id": task.task_id, "request_id": task.request_id, "attempt": task.fence, "worker": task.worker}

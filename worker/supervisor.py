@@ -90,6 +90,7 @@ class Supervisor:
         self._manager.stopping()
         self._housekeeping.stop()
         self._drain()
+        self._reaper.finish()
         log.info("supervisor_stopped")
         return 0
 

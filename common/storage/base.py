@@ -8,11 +8,12 @@ import abc
 import re
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from common.errors import StorageError
 from common.settings import Settings
 
+LIMIT_S = 12.0  # a call that takes longer is not coming back
 STRAY_S = 600.0  # what a broken write left behind is nobody's after this; a live write is never as old
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -28,8 +29,11 @@ class Disk(NamedTuple):
 class BaseStorage(abc.ABC):
     """Keeps whole objects under keys such as `20260131/worker/task/0.webp`. Safe to share between threads."""
 
+    over_network: ClassVar[bool] = False  # its calls are made on sockets, which greenlets wait for without a thread
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.limit_s = LIMIT_S  # the longest that a call takes before it fails, where the storage can see to that
 
     @abc.abstractmethod
     def put(self, key: str, data: bytes) -> None:
@@ -40,7 +44,7 @@ class BaseStorage(abc.ABC):
 
     @abc.abstractmethod
     def read(self, key: str) -> bytes:
-        """Return the object; raises StorageError when it is not there."""
+        """Return the object; raises NotStored when it is not there, StorageError where that cannot be told."""
 
     @abc.abstractmethod
     def exists(self, key: str) -> bool:

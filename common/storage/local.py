@@ -10,7 +10,7 @@ import stat
 import time
 from pathlib import Path
 
-from common.errors import StorageError, StorageFull
+from common.errors import NotStored, StorageError, StorageFull
 from common.settings import Settings
 from common.storage.base import STRAY_S, BaseStorage, Disk, checked
 
@@ -47,6 +47,9 @@ class Storage(BaseStorage):
     def read(self, key: str) -> bytes:
         try:
             return self.path(key).read_bytes()
+        except FileNotFoundError:
+            self.check()
+            raise NotStored("the picture is not in storage") from None
         except OSError as error:
             raise _told(error, "read the picture") from error
 

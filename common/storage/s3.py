@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from common.errors import ConfigurationError, StorageError, StorageFull
+from common.errors import ConfigurationError, NotStored, StorageError, StorageFull
 from common.settings import Settings
 from common.storage.base import BaseStorage, checked
 
@@ -22,8 +22,8 @@ try:
 except ModuleNotFoundError:
     raise ConfigurationError("ZFLEET_STORAGE=s3 needs boto3: pip install 'zfleet[s3]'") from None
 
-CONNECT_S, READ_S = 5, 20
-TRIES = 3  # of one call, before whoever called may try it all again
+TRIES = 2  # of one call: a kept connection may turn out to be closed. Whoever called may try it all again
+BACKOFF_S = 2.0  # botocore rests for a second at most between the two
 CONNECTIONS = 32  # of one process
 DELETED_AT_ONCE = 1000  # as many as one call may name
 
@@ -34,9 +34,12 @@ _NO_ROOM = ("507", "QuotaExceeded", "XMinioStorageFull", "InsufficientStorage")
 class Storage(BaseStorage):
     """Objects below ZFLEET_S3_URL. S3 keeps one whole, or not at all, and has it at once for every reader."""
 
+    over_network = True
+
     def __init__(self, settings: Settings) -> None:
         """Connect to nothing yet; raises ConfigurationError for no bucket, or AWS variables that are wrong."""
         super().__init__(settings)
+        self.limit_s = settings.s3_timeout_s + BACKOFF_S
         if not settings.s3_url:
             raise ConfigurationError("ZFLEET_STORAGE=s3 needs ZFLEET_S3_URL, as s3://bucket/folder")
         bucket, _, prefix = settings.s3_url.removeprefix("s3://").partition("/")
@@ -50,20 +53,16 @@ class Storage(BaseStorage):
             self._client.put_object(**self._at(key), Body=data, ContentType=_kind(key))
 
     def read(self, key: str) -> bytes:
-        with _told("read the picture"):
+        with _told("read the picture"), self._there():
             data: bytes = self._client.get_object(**self._at(key))["Body"].read()
             return data
 
     def exists(self, key: str) -> bool:
         try:
-            self._client.head_object(**self._at(key))
-        except ClientError as error:
-            if _code(error) in _GONE:
-                self.check()  # a bucket that is gone has no keys either
-                return False
-            raise _as_told(error, "look for the picture") from error
-        except BotoCoreError as error:
-            raise _as_told(error, "look for the picture") from error
+            with _told("look for the picture"), self._there():
+                self._client.head_object(**self._at(key))
+        except NotStored:
+            return False
         return True
 
     def head(self, key: str, count: int) -> bytes:
@@ -95,6 +94,17 @@ class Storage(BaseStorage):
             self._delete(old)
         return len(old)
 
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[None]:
+        """Raise NotStored for a key that the bucket does not have."""
+        try:
+            yield
+        except ClientError as error:
+            if _code(error) not in _GONE:
+                raise
+            self.check()  # a bucket that is gone has no keys either
+            raise NotStored("the picture is not in storage") from None
+
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + checked(key)}
 
@@ -114,8 +124,8 @@ class Storage(BaseStorage):
 def _client(settings: Settings, endpoint: str) -> Any:
     config = Config(
         signature_version="s3v4",
-        connect_timeout=CONNECT_S,
-        read_timeout=READ_S,
+        connect_timeout=settings.s3_timeout_s / TRIES,
+        read_timeout=settings.s3_timeout_s / TRIES,
         retries={"mode": "standard", "total_max_attempts": TRIES},
         max_pool_connections=CONNECTIONS,
         # what other makers' servers understand, too

@@ -40,7 +40,6 @@ from common.schemas import GenerateRequest, ImageRef, Progress, TaskRecord
 from gateway import admission, bodies, outcome, problems, requestlog
 from gateway.admission import Caller
 from gateway.api import NO_STORE, Api, json_answer
-from gateway.aside import storing
 from gateway.dialects import _openai_answers as answers
 from gateway.dialects import _openai_errors as errors
 from gateway.dialects import _openai_fields as asking
@@ -154,10 +153,7 @@ def _answer(gateway: Gateway, asked: Asked, header: CallHeader, call: Call) -> R
     def link(index: int, image: ImageRef) -> str:
         return gateway.links.url(gateway.images.url(task_id, index, image))
 
-    def read(image: ImageRef) -> bytes:
-        return storing.run(gateway.images.read, image)
-
-    return json_answer(answers.images(record, asked, link=link, read=read), headers=NO_STORE)
+    return json_answer(answers.images(record, asked, link=link, read=gateway.images.read), headers=NO_STORE)
 
 
 def patience_s(header: CallHeader) -> float:
@@ -196,7 +192,7 @@ def events(gateway: Gateway, asked: Asked, seen: Iterator[TaskRecord | Progress 
         if record is None or not record.status.final:
             raise outcome.unfinished(record.task_id if record else "")
         (image, *_) = outcome.check(record).images
-        yield answers.completed(record, asked, call, storing.run(gateway.images.read, image))
+        yield answers.completed(record, asked, call, gateway.images.read(image))
     except FleetError as error:
         yield answers.failed(error)
 

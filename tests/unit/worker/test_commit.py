@@ -145,7 +145,7 @@ def test_other_outcomes_store_nothing(
 def test_a_storage_that_fails_for_good_fails_the_task_with_its_reason(
     broker: Broker, settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.commit.STORE_WAIT_S", 0.0)
+    monkeypatch.setattr("worker.commit.OUTAGE_S", 0.0)
     settings.results_dir.parent.mkdir(parents=True)
     settings.results_dir.write_text("in the way")
     task_id = submit()

@@ -70,6 +70,7 @@ def test_what_a_dead_worker_stored_and_never_committed_is_removed(
     reaper.tick()
     broker.claim("w1", "cpu", ["simulated"], 1)
     reaper.bury(Burial("w1"))
+    reaper.finish()
     with pytest.raises(StorageError):
         storage.read(keys[0])
     assert storage.read(keys[1]) == b"pixels"
@@ -91,6 +92,7 @@ def test_a_task_past_its_deadline_is_ended_with_no_worker_about(
 def test_a_supervisor_keeps_the_fleets_history_and_tells_of_its_disk(reaper: Reaper, broker: Broker) -> None:
     for _ in range(2):
         reaper.tick()
+    reaper.finish()
     assert len(broker._samples("15m")) == 1
     (disk,) = broker.disks().values()
     assert 0 < disk.free < disk.size
