@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -137,12 +137,14 @@ def sparkline(values: Sequence[float | None], width: int, ramp: str = RAMP) -> s
 def _trends(history: History, options: ConsoleOptions) -> Iterator[RenderableType]:
     points = history.points
     per_minute = [None if p.images is None else p.images * 60 / history.step_seconds for p in points]
-    rows = (
+    joules = [p.joules_per_image for p in points]
+    rows: list[tuple[str, Sequence[float | None], Callable[[float | None], str | None]]] = [
         ("images/min", per_minute, _number),
         ("p50", [p.p50_seconds for p in points], seconds),
         ("p95", [p.p95_seconds for p in points], seconds),
         ("errors", [p.error_ratio for p in points], _percent),
-    )
+        *([("J/image", joules, _number)] if any(joules) else []),
+    ]
     ramp = PLAIN_RAMP if options.ascii_only else RAMP
     width = max(10, min(len(points), options.max_width - LABEL - FIGURE))
     for name, values, told in rows:

@@ -87,9 +87,9 @@ def fleet() -> dict[str, Any]:
             changes |= {"seen_at": now - timedelta(seconds=13), "runs": []}
         workers.append(worker(name, **changes))
     queues = [
-        {"model": "base", "priority": "low", "queued": 7, "running": 2, "oldest_age_seconds": 94.0},
+        {"model": "base", "priority": "low", "queued": 9, "running": 2, "oldest_age_seconds": 8.7},
         {"model": "turbo", "priority": "high", "queued": 0, "running": 3, "oldest_age_seconds": None},
-        {"model": "turbo", "priority": "normal", "queued": 23, "running": 7, "oldest_age_seconds": 4.2},
+        {"model": "turbo", "priority": "normal", "queued": 31, "running": 7, "oldest_age_seconds": 3.9},
     ]
     return fleet_of(*workers, queues=queues)
 

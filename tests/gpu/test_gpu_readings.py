@@ -29,6 +29,18 @@ def test_energy_is_told_in_joules() -> None:
 
 
 @pytest.mark.gpu
+def test_energy_grows_from_look_to_look_and_never_goes_back() -> None:
+    """As the fleet's counter of joules takes it to do: a reading that goes back counts as a driver that was loaded."""
+    joules = []
+    for _ in range(8):
+        reading = gpu.read(0)
+        assert reading and reading.energy_j is not None
+        joules.append(reading.energy_j)
+        time.sleep(0.25)
+    assert joules == sorted(joules) and joules[0] < joules[-1]
+
+
+@pytest.mark.gpu
 def test_a_gpu_that_is_there_is_not_lost() -> None:
     assert not gpu.lost(0)
     assert (gpu.memory_mb(0) or 0) > 1000

@@ -12,9 +12,9 @@ const full = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric"
 
 /** A chart of one or two series of the same unit, and of what there is beside them.
  *  `series`: [{name, of(point, history) -> number or null}]; `scale`: one of scales.js; `optional`: not there at all while
- *  nothing is known. */
+ *  nothing is known; `wide`: with room for many lines. */
 export class Chart {
-  constructor({ title, series, scale, optional = false }) {
+  constructor({ title, series, scale, optional = false, wide = false }) {
     Object.assign(this, { title, series: series.map((one, style) => ({ ...one, style })), scale, optional, history: null, at: null, width: 0 });
     this.moment = h("span", { class: "faint number" });
     this.svg = s("svg", { class: "plot", role: "img", tabindex: "0", height: HEIGHT });
@@ -28,7 +28,7 @@ export class Chart {
     this.legend = h("div", { class: "legends" });
     this.others = h("div", { class: "legends others" });
     this.rest = h("p", { class: "faint rest" });
-    this.element = h("figure", { class: "card chart" },
+    this.element = h("figure", { class: wide ? "card chart wide" : "card chart" },
       h("figcaption", {}, h("h3", {}, title), this.moment, this.legend),
       this.svg, this.aloud, this.others, this.rest, this.table);
     this.#name([]);

@@ -142,6 +142,14 @@ def test_names_are_no_markup_and_no_control() -> None:
     assert "[bold]x[/bold]?[2J?" in text and "\x1b" not in text
 
 
+def test_energy_has_a_line_where_anybody_tells_of_it() -> None:
+    told = history()
+    points = [point.model_copy(update={"joules_per_image": 812.4}) for point in told.points]
+    (line,) = [line for line in shown(history=told.model_copy(update={"points": points})) if "J/image" in line]
+    assert line.endswith("█  812")
+    assert "J/image" not in "\n".join(shown())
+
+
 def test_a_plain_terminal_gets_plain_marks() -> None:
     lines = shown(encoding="ascii", fleet=fleet(0, 0, 0))
     assert any("#" in line for line in lines if line.startswith("images/min"))
