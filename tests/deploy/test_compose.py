@@ -230,6 +230,8 @@ def test_a_bucket_and_traces_are_told_to_those_who_use_them(
             {key.removeprefix("ZFLEET_").lower(): value for key, value in told.items() if key.startswith("ZFLEET_S")}
         )
         assert (settings.storage, settings.s3_url, settings.s3_region) == ("s3", "s3://pictures", "eu-central-1")
+        named = {f"ZFLEET_{name.upper()}" for name in Settings.model_fields if name.startswith("s3_")}
+        assert named <= service["environment"].keys(), "one that is new has to be passed on, too"
         assert service["networks"].keys() == {"fleet", "outside"}
         assert [secret["source"] for secret in service["secrets"]] == ["aws"]
     for name in [name for name in os.environ if name.startswith("AWS_")]:
