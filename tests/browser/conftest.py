@@ -25,6 +25,7 @@ from zfleet.client import Client
 PATIENCE_S = 30  # with a page of which something is expected, on a busy machine
 START_S = 120  # a browser's first page waits for the browser
 TEST_S = 300  # the first test waits for fleet and browser, too
+LONG_MS = 12_000  # no page looks less often
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 QUIET = (
     "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -100,6 +101,12 @@ class Visit:
         """Open a page by its link in the menu."""
         self.page.get_by_role("navigation").get_by_role("link", name=name).click()
         self.page.get_by_role("heading", level=1).wait_for()
+
+
+def asked_for_key(page: Page) -> bool:
+    """Whether a page whose clock is installed asks for a key by now; until it does, its clock goes on a good deal."""
+    page.clock.fast_forward(LONG_MS)
+    return page.get_by_label("API key").is_visible()
 
 
 @pytest.fixture(scope="session")

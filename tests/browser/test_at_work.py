@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import requests
@@ -19,6 +20,8 @@ from tests.browser.test_fleet_page import card_of, submit
 from tests.fleet import await_final, ready_workers, record
 from tests.servers import GatewayServer, WorkerServer, eventually
 from tests.tenants import bearer
+
+STOPS_WITHIN = timedelta(seconds=2)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,7 @@ def test_the_dashboard_of_a_fleet_at_work(visit: Callable[..., Visit], fleet: Fl
     drawn = _drawn(page)
     _cards_say_what_others_say(page, fleet, gateway)
     _cancel_and_retry(page, fleet, gateway, long)
-    ids += submit(fleet, 20)
-    _pause(page, seen, fleet, ids)
+    ids += _pause(page, seen, fleet)
     _paused_cards_say_what_others_say(page, seen, fleet, gateway)
     _go_on(page, seen)
     seen.go("Fleet")
@@ -78,15 +80,20 @@ def _cancel_and_retry(page: Page, fleet: Fleet, url: str, task_id: str) -> None:
     fleet.broker.cancel(again, "acme")  # it would take its time
 
 
-def _pause(page: Page, seen: Visit, fleet: Fleet, ids: list[str]) -> None:
+def _pause(page: Page, seen: Visit, fleet: Fleet) -> list[str]:
+    """Pause while there is plenty to claim, and see claims stop within two seconds; return the tasks' ids."""
     seen.go("Operate")
-    page.get_by_role("button", name="Pause the fleet").click()
+    button = page.get_by_role("button", name="Pause the fleet")
+    expect(button).to_be_visible()
+    ids = submit(fleet, 30)
+    pressed = datetime.now(UTC)
+    button.click()
     page.get_by_role("button", name="Resume the fleet").wait_for()
-    time.sleep(2.0)
-    waiting = fleet.broker.queues()
-    time.sleep(0.7)
-    assert [queue.queued for queue in fleet.broker.queues()] == [queue.queued for queue in waiting]
-    assert any(record(fleet.broker, task_id).status is TaskStatus.QUEUED for task_id in ids)
+    time.sleep(STOPS_WITHIN.total_seconds() + 0.7)
+    began = [task.started_at for task in (record(fleet.broker, task_id) for task_id in ids) if task.started_at]
+    assert len(began) < len(ids), "more would have begun"
+    assert max(began, default=pressed) < pressed + STOPS_WITHIN
+    return ids
 
 
 def _paused_cards_say_what_others_say(page: Page, seen: Visit, fleet: Fleet, url: str) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Route, expect
 
-from tests.browser.conftest import Fleet, Visit
+from tests.browser.conftest import SIZES, Fleet, Visit
 
 WEB = Path(__file__).parents[2] / "gateway" / "web"
 MOST_BYTES = 200_000
+AGAIN_MS = 2000  # after which a page asks again
 INKS = ("ink", "faint", "accent", "good", "warn", "bad", "second", "third")
 
 
@@ -65,8 +66,9 @@ def test_every_class_that_is_styled_is_used() -> None:
     assert {name for name in sheets if name not in parts and name.partition("-")[0] + "-" not in parts} == set()
 
 
-def test_a_theme_is_chosen_and_kept(visit: Callable[..., Visit], fleet: Fleet) -> None:
-    seen = visit(color_scheme="light")
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_theme_is_chosen_and_kept(visit: Callable[..., Visit], fleet: Fleet, size: str) -> None:
+    seen = visit(size, color_scheme="light")
     seen.open(fleet.tenant)
     background = "getComputedStyle(document.body).backgroundColor"
     light = seen.page.evaluate(background)
@@ -80,8 +82,9 @@ def test_a_theme_is_chosen_and_kept(visit: Callable[..., Visit], fleet: Fleet) -
     assert seen.page.evaluate(background) != light
 
 
-def test_the_keyboard_comes_first_to_the_content(visit: Callable[..., Visit], fleet: Fleet) -> None:
-    seen = visit(reduced_motion="reduce")
+@pytest.mark.parametrize("size", list(SIZES))
+def test_the_keyboard_comes_first_to_the_content(visit: Callable[..., Visit], fleet: Fleet, size: str) -> None:
+    seen = visit(size, reduced_motion="reduce")
     seen.open(fleet.admin)
     seen.page.keyboard.press("Tab")
     expect(seen.page.get_by_role("link", name="Skip to content")).to_be_focused()
@@ -125,9 +128,11 @@ def test_a_page_that_is_opened_while_the_gateway_is_away_comes_by_itself(
 ) -> None:
     seen = visit()
     missed = failing(seen, times=1)
+    seen.page.clock.install()
     seen.open(fleet.admin, address)
     expect(seen.page.get_by_text("The gateway does not answer. This page goes on by itself")).to_be_visible()
     expect(seen.page.get_by_label("API key")).to_be_hidden()
+    seen.page.clock.fast_forward(AGAIN_MS)
     expect(seen.page.get_by_role("heading", level=1, name=address[2:], exact=False)).to_be_visible()
     assert [url.rpartition("/")[2] for url in missed] == ["me"]
     expect(seen.page.get_by_role("navigation").get_by_role("link", name=address[2:])).to_have_attribute(
@@ -137,10 +142,12 @@ def test_a_page_that_is_opened_while_the_gateway_is_away_comes_by_itself(
 
 def test_a_page_that_loses_the_gateway_as_it_begins_begins_anew(visit: Callable[..., Visit], fleet: Fleet) -> None:
     seen = visit()
+    seen.page.clock.install()
     seen.open(fleet.tenant, "#/tasks")
     failing(seen, times=2)
     seen.go("Playground")
     expect(seen.page.get_by_text("This page goes on by itself")).to_be_visible()
+    seen.page.clock.fast_forward(AGAIN_MS)
     expect(seen.page.get_by_role("button", name="Generate")).to_be_visible()
 
 

@@ -82,6 +82,35 @@ def test_a_run_is_watched_and_canceled(visit: VisitFn, fleet: Fleet, size: str) 
     expect(page.locator(".stage .state")).to_have_text("canceled")
     expect(page.get_by_role("link", name="Details")).to_be_focused()
     expect(page.get_by_role("region", name="History")).to_contain_text("canceled")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Task ")
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_submit_whose_answer_was_lost_is_repeated_as_the_same_task(visit: VisitFn, fleet: Fleet, size: str) -> None:
+    seen, tenant = visit(size), f"repeats-{size}"
+    seen.expected.append("net::ERR_FAILED")
+    key, made = new_key(fleet.broker, tenant), []
+
+    def lose(route: Route) -> None:
+        made.append(route.fetch().json()["task_id"])
+        route.abort()
+
+    seen.open(key, "#/playground")
+    page = seen.page
+    page.route("**/api/submit", lose, times=1)
+    ask(page, Prompt="a red circle", Model="simulated")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_have_text("The gateway does not answer.")
+    page.get_by_role("button", name="Generate").dblclick()
+    expect(page.locator(".stage .state")).to_have_text("succeeded")
+    assert page.url.endswith(f"task={made[0]}")
+    expect(page.get_by_role("region", name="History").get_by_role("link")).to_have_count(1)
+    page.get_by_role("button", name="Generate").click()  # what has been answered is over: this is another
+    expect(page.get_by_role("region", name="History").get_by_role("link")).to_have_count(2)
+    page.wait_for_url(re.compile(f"task=(?!{made[0]})"))
+    with Client(fleet.url, api_key=key) as client:
+        assert {task.task_id for task in client.tasks().tasks} == {made[0], page.url.partition("task=")[2]}
 
 
 def test_what_is_wrong_stands_at_its_field(visit: VisitFn, fleet: Fleet) -> None:
@@ -140,8 +169,9 @@ def test_what_is_copied_runs_as_it_stands(visit: VisitFn, fleet: Fleet, tmp_path
     assert [path.suffix for path in tmp_path.iterdir()] == [".webp"]
 
 
-def test_without_a_clipboard_the_text_is_there_to_be_taken(visit: VisitFn, fleet: Fleet) -> None:
-    seen = visit("phone")
+@pytest.mark.parametrize("size", list(SIZES))
+def test_without_a_clipboard_the_text_is_there_to_be_taken(visit: VisitFn, fleet: Fleet, size: str) -> None:
+    seen = visit(size)
     seen.page.add_init_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     seen.open(fleet.tenant, "#/playground")
     ask(seen.page, Prompt="a red circle")
@@ -151,8 +181,9 @@ def test_without_a_clipboard_the_text_is_there_to_be_taken(visit: VisitFn, fleet
     expect(seen.page.get_by_role("button", name="Copy as curl")).to_be_focused()
 
 
-def test_a_template_is_filled_in_and_what_is_copied_names_it(visit: VisitFn, fleet: Fleet) -> None:
-    seen = visit("phone", permissions=["clipboard-read", "clipboard-write"])
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_template_is_filled_in_and_what_is_copied_names_it(visit: VisitFn, fleet: Fleet, size: str) -> None:
+    seen = visit(size, permissions=["clipboard-read", "clipboard-write"])
     seen.open(fleet.tenant, "#/playground")
     page = seen.page
     ask(page, Template="E-commerce poster · 电商海报")
@@ -161,14 +192,14 @@ def test_a_template_is_filled_in_and_what_is_copied_names_it(visit: VisitFn, fle
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_label("Product · 商品")).to_have_accessible_description("is required")
     page.get_by_label("Product · 商品").fill('一罐"龙井茶"')
-    copied_text = copied(seen, "curl")
+    texts = [copied(seen, "curl"), copied(seen, "Python")]
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("link", name="Download")).to_be_visible()
     with Client(fleet.url, api_key=fleet.tenant) as client:
         request = client.status(page.url.partition("task=")[2]).request
     assert (request.template, request.height) == ("poster", 1536)
     assert '一罐"龙井茶"' in request.prompt
-    assert '"template":"poster"' in copied_text
+    assert '"template":"poster"' in texts[0] and 'template="poster"' in texts[1]
     assert seen.sideways() == 0
     page.reload()
     expect(page.get_by_label("Product · 商品")).to_have_value('一罐"龙井茶"')

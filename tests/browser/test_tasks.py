@@ -8,8 +8,9 @@ import redis
 from playwright.sync_api import Page, expect
 
 from common import keys
-from tests.browser.conftest import SIZES, Fleet, Visit
+from tests.browser.conftest import SIZES, Fleet, Visit, asked_for_key
 from tests.fleet import submit_many
+from tests.servers import eventually
 from tests.tenants import new_key, revoke
 from zfleet.client import Client
 
@@ -96,8 +97,9 @@ def test_a_long_list_comes_in_pages(visit: VisitFn, fleet: Fleet) -> None:
     expect(seen.page.get_by_role("button", name="More")).to_be_hidden()
 
 
-def test_a_gateway_that_is_away_is_said_so_and_asked_again(visit: VisitFn, fleet: Fleet) -> None:
-    seen = visit()
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_gateway_that_is_away_is_said_so_and_asked_again(visit: VisitFn, fleet: Fleet, size: str) -> None:
+    seen = visit(size)
     seen.expected.append("net::ERR_FAILED")
     seen.open(new_key(fleet.broker, "nobody-yet"), "#/tasks")
     seen.page.route("**/api/tasks?*", lambda route: route.abort())
@@ -106,6 +108,9 @@ def test_a_gateway_that_is_away_is_said_so_and_asked_again(visit: VisitFn, fleet
     seen.page.unroute_all()
     seen.page.get_by_role("button", name="Try again").click()
     expect(seen.page.get_by_text("No task is like that.")).to_be_visible()
+    seen.page.get_by_role("link", name="Show all").click()
+    seen.page.get_by_role("link", name="Make the first one in the playground").click()
+    expect(seen.page.get_by_role("heading", level=1)).to_have_text("Playground")
 
 
 def test_a_rare_state_is_looked_for_behind_very_many_tasks(visit: VisitFn, fleet: Fleet) -> None:
@@ -132,7 +137,8 @@ def test_a_rare_state_is_looked_for_behind_very_many_tasks(visit: VisitFn, fleet
 
 def test_a_key_that_is_revoked_meanwhile_ends_the_page(visit: VisitFn, fleet: Fleet) -> None:
     key, seen = new_key(fleet.broker, "leaver"), visit()
+    seen.page.clock.install()
     seen.open(key, "#/tasks")
     expect(seen.page.get_by_text("No tasks yet.")).to_be_visible()
     revoke(fleet.broker, key)
-    expect(seen.page.get_by_label("API key")).to_be_visible(timeout=15_000)
+    eventually(lambda: asked_for_key(seen.page), within_s=30, every_s=0.2)
