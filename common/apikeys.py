@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AwareDatetime, Field, StringConstraints
+from pydantic import AwareDatetime, Field, StringConstraints, field_validator
 
 from common.schemas import PRIORITIES, Priority, Stored, Wire
 
@@ -78,15 +78,22 @@ class NewKey(Wire):
     """What a key is to be."""
 
     tenant: Tenant
-    admin: bool = Field(default=False, description="Whether it sees and steers the whole fleet.")
+    admin: bool = Field(default=False, strict=True, description="Whether it sees and steers the whole fleet.")
     priority_max: Priority = Field(default="high", description="The highest that its tasks may have.")
     rate: Rate | None = Field(default=None, description="Of submits and uploads, as 10/s; units are s, m, h, d.")
-    max_queued: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Its tasks in line.")
-    max_running: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Its tasks on GPUs.")
-    share: Annotated[float, Field(ge=SHARES[0], le=SHARES[1], allow_inf_nan=False)] | None = Field(
+    max_queued: Annotated[int, Field(ge=1, strict=True)] | None = Field(default=None, description="Its tasks in line.")
+    max_running: Annotated[int, Field(ge=1, strict=True)] | None = Field(default=None, description="Its tasks on GPUs.")
+    share: Annotated[float, Field(ge=SHARES[0], le=SHARES[1], allow_inf_nan=False, strict=True)] | None = Field(
         default=None, description="The tenant's part of the GPUs against others' (1), whatever key; null: as it is."
     )
     expires_at: AwareDatetime | None = None
+
+    @field_validator("expires_at", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: object) -> object:
+        if isinstance(value, int | float) or (isinstance(value, str) and value[4:5] != "-"):
+            raise ValueError("must be a time as 2027-01-31T00:00:00Z")
+        return value
 
 
 class KeyView(Wire):

@@ -6,7 +6,7 @@ from flask import Response
 from pydantic import Field
 
 from common.broker import Broker
-from common.errors import Forbidden, RedisUnavailable
+from common.errors import Forbidden, InvalidRequest, RedisUnavailable
 from common.history import WINDOWS, History, Window
 from gateway import problems
 from gateway.admission import open_to
@@ -23,7 +23,9 @@ def create(broker: Broker) -> Api:
     """Return the route for charts."""
     api = Api("history", __name__, about="How the fleet did of late.")
 
-    @api.get("/api/history", responses={"200": History, **problems.documented(Forbidden, RedisUnavailable)})
+    refusals = problems.documented(InvalidRequest, Forbidden, RedisUnavailable)
+
+    @api.get("/api/history", responses={"200": History, **refusals})
     @open_to("admin")
     def history(query: HistoryQuery) -> Response:
         """Tell what was done in each step of the last 15 minutes, 6 hours or 7 days."""

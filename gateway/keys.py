@@ -47,8 +47,9 @@ class Rotation(Wire):
     """How a key is to be replaced."""
 
     grace_s: float = Field(
-        default=0, ge=0, le=GRACE_MAX_S, allow_inf_nan=False, description="For how long the old one works on."
-    )
+        default=0, ge=0, le=GRACE_MAX_S, allow_inf_nan=False, strict=True,
+        description="For how long the old one works on.",
+    )  # fmt: skip
 
 
 class KeyPath(BaseModel):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
-from PIL import Image
 
 from common.broker import Broker
 from common.settings import Settings
 from common.storage import open_storage
 from tests.fleet import ready_workers
 from tests.s3server import BUCKET, S3Server, show_credentials
+from tests.samples import encoded
 from tests.servers import GatewayServer, WorkerServer, eventually
 
 
@@ -32,7 +31,9 @@ def fleet(settings: Settings, tmp_path: Path) -> Iterator[tuple[GatewayServer, S
             yield gateway, settings
 
 
-def test_pictures_go_into_the_bucket_and_come_from_it(fleet: tuple[GatewayServer, Settings]) -> None:
+def test_pictures_go_into_the_bucket_and_come_from_it_and_so_do_those_to_start_from(
+    fleet: tuple[GatewayServer, Settings],
+) -> None:
     gateway, settings = fleet
     eventually(lambda: _up(gateway.url), within_s=30)
     began = time.monotonic()
@@ -53,16 +54,8 @@ def test_pictures_go_into_the_bucket_and_come_from_it(fleet: tuple[GatewayServer
     assert open_storage(settings).sweep(-60) == 2
     gone = requests.get(f"{gateway.url}{status['images'][0]['url']}?via=gateway", timeout=10)
     assert (gone.status_code, gone.json()["code"]) == (410, "task_expired")
-
-
-def test_a_picture_to_start_from_goes_there_too(fleet: tuple[GatewayServer, Settings]) -> None:
-    gateway, settings = fleet
-    eventually(lambda: _up(gateway.url), within_s=30)
-    png = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(png, "PNG")
-    answer = requests.post(
-        f"{gateway.url}/api/images", data=png.getvalue(), headers={"Content-Type": "image/png"}, timeout=10
-    )
+    kind = {"Content-Type": "image/png"}
+    answer = requests.post(f"{gateway.url}/api/images", data=encoded(), headers=kind, timeout=10)
     assert answer.status_code == 201, answer.text
     assert open_storage(settings).sweep(-60) == 1
 

@@ -12,7 +12,8 @@ UNDER_GEVENT = """
 from gevent import monkey; monkey.patch_all()
 import gevent, time
 from common.errors import TooBusy
-from gateway.aside import Threads
+from gateway.aside import Threads, within
+native_sleep = monkey.get_original("time", "sleep")
 
 def count(seconds):
     until = time.perf_counter() + seconds
@@ -50,6 +51,20 @@ gevent.joinall(crowd)
 assert [one.value for one in crowd].count("too_busy") == 96, [one.value for one in crowd]
 assert time.perf_counter() - began < 1.5
 assert hasty.run(count, 0.01) == 0.01
+
+def late(call, *args):
+    began = time.perf_counter()
+    try:
+        return call(*args)
+    except TimeoutError:
+        return "late" if time.perf_counter() - began < 5 else "too late"
+
+lost = Threads(1)
+assert late(lost.run_within, 0.2, native_sleep, 6) == "late"
+assert late(lost.run_within, 0.2, divmod, 7, 2) == "late", "its only thread is lost"
+assert late(Threads(1).run_within, 5, divmod, 7, 2) == (3, 1)
+assert late(within, 0.2, gevent.sleep, 6) == "late"
+assert late(within, 5, divmod, 7, 2) == (3, 1)
 
 try:
     threads.run(fail)
