@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,9 @@ SubmitFn = Callable[..., str]
 # tests start read the same.
 for variable in ("OMP_NUM_THREADS", "ZFLEET_CPU_THREADS"):
     os.environ.setdefault(variable, "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` has it; what tests start is to hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes longest, longest first: begun last, one process would go on with it when the others have nothing left.
 LONG_FILES = (

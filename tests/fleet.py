@@ -47,7 +47,7 @@ def await_running(broker: Broker, task_ids: Iterable[str]) -> TaskRecord:
         running[:] = [task for task in records if task.status is TaskStatus.RUNNING and task.step]
         return bool(running)
 
-    eventually(find, within_s=20)
+    eventually(find, within_s=40)
     return running[0]
 
 

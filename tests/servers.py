@@ -42,7 +42,7 @@ def free_port() -> int:
             return port
 
 
-def eventually(check: Callable[[], object], *, within_s: float = 10.0, every_s: float = 0.02) -> None:
+def eventually(check: Callable[[], object], *, within_s: float = 30.0, every_s: float = 0.02) -> None:
     """Wait until `check` returns something true; fails the test with its last value after `within_s`."""
     until = time.monotonic() + within_s
     while not (value := check()):
@@ -91,7 +91,7 @@ class Server:
             self.process.kill()
             self.process.wait()
 
-    def stop(self, timeout_s: float = 20.0) -> int:
+    def stop(self, timeout_s: float = 40.0) -> int:
         """SIGTERM, and return the exit code; a server that does not go is killed and the test failed."""
         assert self.process is not None
         if self.process.poll() is None:

@@ -214,18 +214,18 @@ def test_a_fuse_trips_once_and_says_so(
 ) -> None:
     """Between two steps by the worker itself; in a step that hangs by the supervisor's kill."""
     log = tmp_path / "log"
-    image_ms = 5_000.0
+    image_ms = 10_000.0
     models = tmp_path / "models.toml"
     models.write_text(MODELS.replace("image_ms = 100.0", f"image_ms = {image_ms}"))
     with WorkerServer(changed(models=("simulated", "quick"), simulated_image_ms=image_ms), log):
         ready_workers(broker)
         began = time.monotonic()
         (late,) = submit_many(broker, 1, prompt=prompt, steps=50, **changes)
-        (task,) = await_final(broker, [late], within_s=15)
+        (task,) = await_final(broker, [late], within_s=30)
         took_s = time.monotonic() - began
     assert (task.status, code(task), outcomes(task)) == (TaskStatus.FAILED, "deadline_exceeded", ["failed"])
     assert [(line["task_id"], line["cause"]) for line in told(log, "fuse_tripped")] == [(late, cause)]
-    assert took_s < 5
+    assert took_s < 9, "it was not painted to its end"
     assert bool(told(log, "worker_killed")) == ("[hang]" in prompt)
     assert_nothing_is_held(broker)
 

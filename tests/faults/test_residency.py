@@ -77,11 +77,11 @@ def test_a_model_comes_on_first_use_leaves_when_idle_and_comes_again(
         assert loads_ms(await_final(broker, submit_many(broker, 2, model="one"))) == [0.0, 0.0]
         first = sorted(loads_ms(await_final(broker, submit_many(broker, 4, model="two"))))
         assert first[:3] == [0.0] * 3 and LOAD_MS <= first[3] < LOAD_MS + 1000
-        eventually(lambda: loaded(broker) == ["one"], within_s=10)
+        eventually(lambda: loaded(broker) == ["one"])
         (again,) = loads_ms(await_final(broker, submit_many(broker, 1, model="two")))
         assert again >= LOAD_MS
-        eventually(lambda: loaded(broker) == ["one"], within_s=10)
-        eventually(lambda: broker.workers()[0].counters["models_loaded_total"] == 3, within_s=5)
+        eventually(lambda: loaded(broker) == ["one"])
+        eventually(lambda: broker.workers()[0].counters["models_loaded_total"] == 3)
         counters = broker.workers()[0].counters
     assert counters["models_unloaded_total"] == 2
     causes = [("one", "prewarm"), ("two", "first_use"), ("two", "again")]
@@ -98,7 +98,7 @@ def test_with_room_for_one_the_other_makes_way(broker: Broker, changed: Change, 
         for model in ("two", "one"):
             (load_ms,) = loads_ms(await_final(broker, submit_many(broker, 1, model=model)))
             assert load_ms >= LOAD_MS
-            eventually(lambda model=model: loaded(broker) == [model], within_s=5)  # type: ignore[misc]
+            eventually(lambda model=model: loaded(broker) == [model])  # type: ignore[misc]
     assert told(log, "model_unloaded", "model", "cause") == [("one", "room"), ("two", "room")]
 
 

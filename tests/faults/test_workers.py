@@ -246,7 +246,7 @@ def test_a_running_task_is_canceled_at_the_next_step(rig: Rig) -> None:
     (task_id,) = submit_many(rig.broker, 1, steps=100)
     await_running(rig.broker, [task_id])
     assert rig.broker.cancel(task_id, "default") == "flagged"
-    (task,) = await_final(rig.broker, [task_id], within_s=2)
+    (task,) = await_final(rig.broker, [task_id], within_s=10)
     assert (task.status, task.attempts[0].outcome) == (TaskStatus.CANCELED, "canceled")
 
 

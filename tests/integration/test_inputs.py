@@ -125,7 +125,7 @@ def test_others_are_answered_while_large_pictures_are_read(fleet: Fleet) -> None
         assert fleet.get("/api/templates").ok
         waits.append(time.monotonic() - began)
     assert len(waits) > 20
-    assert sorted(waits)[len(waits) // 2] < 0.2 and max(waits) < 2
+    assert sorted(waits)[len(waits) // 2] < 0.5 and max(waits) < 4
 
 
 # With pico, whose pipeline really starts from the pictures

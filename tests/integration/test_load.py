@@ -99,7 +99,7 @@ def test_failures_are_told_and_counted(tmp_path: Path) -> None:
 def test_interrupted_it_leaves_nothing_behind(tmp_path: Path) -> None:
     child = subprocess.Popen(
         [*COMMAND, "--workers", "2", "--duration", "60", "--out", str(tmp_path)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_interrupts,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     started: set[psutil.Process] = set()
     until = time.monotonic() + 60
@@ -122,10 +122,6 @@ def _ready(gateway: GatewayServer) -> bool:
         return requests.get(f"{gateway.url}/ready", timeout=2).ok
     except requests.ConnectionError:
         return False
-
-
-def _hear_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` would have it ignored
 
 
 def _command(process: psutil.Process) -> list[str]:

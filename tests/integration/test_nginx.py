@@ -85,7 +85,7 @@ def test_slow_clients_are_cut_off(edge: Edge) -> None:
     for connection in connections:
         with connection, contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""
-        assert 9 < time.monotonic() - started < 14
+        assert 9 < time.monotonic() - started < 18
 
 
 # ---- what passes through
@@ -99,7 +99,7 @@ def test_connections_to_the_gateway_are_reused(edge: Edge) -> None:
 def test_long_poll_is_held(edge: Edge) -> None:
     started = time.monotonic()
     assert requests.get(f"{edge.url}/api/status/t1?wait=3").json()["status"] == "succeeded"
-    assert 3 <= time.monotonic() - started < 8
+    assert 3 <= time.monotonic() - started < 15
     text = (edge.run / "nginx.conf").read_text()
     assert "    proxy_read_timeout 75s;" in text and text.count("proxy_buffering off;") == 1
 

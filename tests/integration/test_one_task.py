@@ -208,7 +208,7 @@ def _submit_some(gateway: GatewayServer) -> None:
     for _ in range(30):
         answer = requests.post(f"{gateway.url}/api/submit", json={"prompt": "x", "model": "simulated"}, timeout=5)
         assert answer.status_code == 202
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15, "one that waited would take ten seconds for each"
     began = time.monotonic()
     assert gateway.stop() == 0
     assert time.monotonic() - began < 15

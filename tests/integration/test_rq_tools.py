@@ -88,7 +88,7 @@ def test_rq_suspend_and_resume_steer_the_fleet(broker: Broker, fleet_settings: S
         time.sleep(1.5)
         assert {record(broker, i).status for i in task_ids} == {TaskStatus.QUEUED}
         rq("resume", url=quick.redis_url)
-        await_final(broker, task_ids, within_s=5)
+        await_final(broker, task_ids, within_s=20)
 
 
 def test_rq_empty_loses_no_accepted_task(

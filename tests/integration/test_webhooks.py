@@ -256,13 +256,13 @@ def test_a_receiver_that_hangs_holds_up_its_own_tenant_only(
         receiver.behaviour = receiver.hang
         stuck = submit_many(broker, 20, webhook=hooked(receiver.url))
         finish(broker, 20)
-        with courier(settings, most_of_tenant=3, try_s=8.0):
+        with courier(settings, most_of_tenant=3, try_s=30.0):
             eventually(lambda: len(receiver.heard) == 3)
             began = time.monotonic()
             ids = [_submit_as(broker, "other", other.url) for _ in range(10)]
             finish(broker, 10)
             eventually(lambda: len(other.heard) == 10)
-            assert time.monotonic() - began < 4, "half of what a hanging try takes"
+            assert time.monotonic() - began < 15, "half of what a hanging try takes"
             assert {delivery(broker, task_id).state for task_id in ids} == {"delivered"}
             assert len(receiver.heard) == 3
             receiver.behaviour = Handler.answer

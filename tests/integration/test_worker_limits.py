@@ -104,13 +104,13 @@ def test_the_loras_that_there_are_can_be_seen_and_others_are_refused(fleet: Flee
     def submit(*names: str) -> requests.Response:
         return fleet.post("/api/submit", STAR | {"loras": [{"name": name} for name in names]})
 
-    eventually(lambda: loras_of_pico(fleet) == ["ink"], within_s=15)
+    eventually(lambda: loras_of_pico(fleet) == ["ink"])
     eventually(lambda: not submit("ink", "oil").ok, every_s=0.5)  # a submit goes by the last two seconds
     assert refused(submit("ink", "oil")) == {"loras": "no live worker has oil; there are: ink"}
     folder = fleet.settings.lora_dir
     assert folder is not None
     shutil.copy(folder / "ink.safetensors", folder / "oil.safetensors")
-    eventually(lambda: loras_of_pico(fleet) == ["ink", "oil"], within_s=15)
+    eventually(lambda: loras_of_pico(fleet) == ["ink", "oil"])
     eventually(lambda: submit("oil").ok, every_s=0.5)
     assert fleet.make(**STAR, loras=[{"name": "oil"}])["status"] == "succeeded"
 

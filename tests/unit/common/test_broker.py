@@ -299,14 +299,14 @@ def test_a_canceled_task_is_not_run_again_after_a_crash_or_a_release(broker: Bro
 def test_a_beat_keeps_the_lease_and_a_missed_one_loses_it(
     settings: Settings, submit: SubmitFn, card: Callable[[str], WorkerCard]
 ) -> None:
-    broker = Broker(settings.model_copy(update={"lease_s": 0.3}))
+    broker = Broker(settings.model_copy(update={"lease_s": 0.8}))
     submit()
     task = claim_one(broker)
-    for _ in range(4):
-        threading.Event().wait(0.15)
+    for _ in range(2):
+        threading.Event().wait(0.5)
         assert broker.beat(card("w1"), [hold(task)], 30)[1] == ["ok"]
         assert broker.reap() == []
-    threading.Event().wait(0.4)
+    threading.Event().wait(0.9)
     (reaped,) = broker.reap()
     assert (reaped.task_id, reaped.outcome, reaped.worker) == (task.task_id, "requeued", "w1")
     assert broker.reap() == []
@@ -350,16 +350,16 @@ def test_after_an_outage_leases_get_one_more_term(
     settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever finds the gap, and however late what it sent is heard: nobody could beat meanwhile."""
-    monkeypatch.setattr("common.broker.REAP_GAP_S", 0.5)
-    broker = Broker(settings.model_copy(update={"lease_s": 0.3}))
+    monkeypatch.setattr("common.broker.REAP_GAP_S", 1.0)
+    broker = Broker(settings.model_copy(update={"lease_s": 0.6}))
     assert broker.reap() == []
     task_id = submit()
     claim_one(broker)
-    threading.Event().wait(0.6)  # Redis hangs: no reap, no beat
-    assert broker.reap() == []
-    threading.Event().wait(0.15)
+    threading.Event().wait(1.1)  # Redis hangs: no reap, no beat
     assert broker.reap() == []
     threading.Event().wait(0.2)
+    assert broker.reap() == []
+    threading.Event().wait(0.45)
     assert [reaped.task_id for reaped in broker.reap()] == [task_id]
 
 
@@ -439,10 +439,10 @@ def test_one_reconciliation_is_enough_for_a_fleet(
 
 
 def test_a_task_given_back_still_expires_at_its_deadline(broker: Broker, submit: SubmitFn) -> None:
-    submit(deadline_s=0.2)
+    submit(deadline_s=0.5)
     task = claim_one(broker)
     broker.release("w1", hold(task))
-    threading.Event().wait(0.3)
+    threading.Event().wait(0.6)
     assert broker.expire() == [(task.task_id, task.request_id)]
 
 
@@ -450,12 +450,12 @@ def test_a_claim_sent_again_renews_its_leases(
     settings: Settings, submit: SubmitFn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.broker.secrets.token_hex", lambda _: "same")
-    broker = Broker(settings.model_copy(update={"lease_s": 0.3}))
+    broker = Broker(settings.model_copy(update={"lease_s": 0.8}))
     submit_id = submit()
     claim_one(broker)
-    threading.Event().wait(0.2)
+    threading.Event().wait(0.5)
     assert claim_one(broker).task_id == submit_id
-    threading.Event().wait(0.2)
+    threading.Event().wait(0.5)
     assert broker.reap() == []
 
 

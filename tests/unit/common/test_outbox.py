@@ -156,9 +156,9 @@ def test_a_silent_couriers_deliveries_are_taken_again_and_its_late_word_counts_f
 ) -> None:
     task_id = submit(webhook=ENDED)
     end(broker)
-    (lost,) = take(broker, "c1", lease_s=0.05)
+    (lost,) = take(broker, "c1", lease_s=0.4)
     assert not take(broker, "c2")
-    time.sleep(0.06)
+    time.sleep(0.41)
     (again,) = take(broker, "c2")
     assert (again.delivery_id, again.tries, again.fence) == (lost.delivery_id, 2, 2)
     assert broker.settle_delivery("c1", lost, "failed") == "lost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
@@ -14,15 +15,32 @@ from common.storage import open_storage
 from gateway.app import close, create_app
 from gateway.diskguard import DiskGuard
 from gateway.inputs import Inputs
+from gateway.waiting import Hub
 from tests.unit.gateway.fake_worker import FakeWorker
 from tests.unit.gateway.openai_calls import Diligent
+
+
+@pytest.fixture(autouse=True)
+def nobody_goes_on_listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close every hub that a test makes, whatever application it is of: its threads ask the Redis that tests share."""
+    hubs: list[Hub] = []
+
+    class Noted(Hub):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            hubs.append(self)
+
+    monkeypatch.setattr("gateway.tasks.Hub", Noted)
+    yield
+    for hub in hubs:
+        hub.close()
 
 
 @pytest.fixture
 def app(settings: Settings, broker: Broker) -> Iterator[OpenAPI]:
     app = create_app(settings, broker)
     yield app
-    close(app)  # else what listens to Redis goes on beside the tests that follow
+    close(app)  # else what looks at the fleet goes on beside the tests that follow
 
 
 @pytest.fixture

@@ -32,11 +32,11 @@ def fail():
 
 ticker = gevent.spawn(tick)
 threads = Threads(2)
-jobs = [gevent.spawn(threads.run, count, 0.3) for _ in range(3)]
+jobs = [gevent.spawn(threads.run, count, 0.6) for _ in range(3)]
 gevent.joinall(jobs)
-assert [job.value for job in jobs] == [0.3] * 3
+assert [job.value for job in jobs] == [0.6] * 3
 gaps = [later - earlier for earlier, later in zip(ticks, ticks[1:])]
-assert max(gaps) < 0.25, max(gaps)
+assert max(gaps) < 0.5, max(gaps)
 
 def told(call, *args):
     try:
@@ -44,12 +44,12 @@ def told(call, *args):
     except TooBusy as error:
         return error.code
 
-hasty = Threads(2, patience_s=0.5)
+hasty = Threads(2, patience_s=0.9)
 began = time.perf_counter()
-crowd = [gevent.spawn(told, hasty.run, time.sleep, 0.4) for _ in range(100)]
+crowd = [gevent.spawn(told, hasty.run, time.sleep, 0.6) for _ in range(100)]
 gevent.joinall(crowd)
 assert [one.value for one in crowd].count("too_busy") == 96, [one.value for one in crowd]
-assert time.perf_counter() - began < 1.5
+assert time.perf_counter() - began < 4
 assert hasty.run(count, 0.01) == 0.01
 
 def late(call, *args):

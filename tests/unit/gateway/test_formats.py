@@ -59,11 +59,11 @@ def test_no_bytes_make_it_stumble(kind: str, cut: int, junk: bytes) -> None:
 def test_a_jpeg_of_fillings_costs_no_time(filling: bytes, before: bytes) -> None:
     at = KINDS["jpeg"].index(before)
     data = KINDS["jpeg"][:at] + filling * ((20 << 20) // len(filling)) + KINDS["jpeg"][at:]
-    began = time.perf_counter()
+    began = time.process_time()
     assert head(data) is None
     with pytest.raises(pictures.Unusable):
         pictures.canonical(data, 1 << 24)
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.5, "reading each byte of them takes seconds"
 
 
 def test_a_little_padding_is_read_over() -> None:

@@ -215,10 +215,10 @@ def test_other_text_is_refused(text: str) -> None:
 def test_a_png_of_empty_chunks_costs_no_time() -> None:
     data, chunk = encoded(), struct.pack(">I4sI", 0, b"tESt", zlib.crc32(b"tESt"))
     assert canonical(data[:33] + chunk * 1000 + data[33:], 1 << 24).width == 48
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(Unusable, match="more than 32768 chunks"):
         canonical(data[:33] + chunk * 1_700_000 + data[33:], 1 << 24)
-    assert time.perf_counter() - began < 0.2
+    assert time.process_time() - began < 0.6, "reading them all takes seconds"
 
 
 def test_what_was_meant_as_a_handle_is_told_so() -> None:

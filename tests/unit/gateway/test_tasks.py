@@ -155,7 +155,7 @@ def test_waiting_ends_with_the_task(tasks: Tasks, worker: FakeWorker) -> None:
     timer = later(0.3, worker.work)
     began = time.monotonic()
     assert tasks.wait(task_id, 30, OPEN).status is TaskStatus.SUCCEEDED
-    assert 0.25 < time.monotonic() - began < 2
+    assert 0.25 < time.monotonic() - began < 9
     timer.join()
 
 
@@ -164,15 +164,15 @@ def test_waiting_for_a_final_task_answers_at_once(tasks: Tasks, worker: FakeWork
     worker.work()
     began = time.monotonic()
     assert tasks.wait(task_id, 30, OPEN).status is TaskStatus.SUCCEEDED
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 9
 
 
 def test_when_the_time_is_up_the_task_is_told_as_it_then_is(tasks: Tasks, worker: FakeWorker) -> None:
     task_id = submit(tasks)
-    timer = later(0.2, worker.take)
+    timer = later(0.1, worker.take)
     began = time.monotonic()
-    assert tasks.wait(task_id, 0.6, OPEN).status is TaskStatus.RUNNING
-    assert 0.55 < time.monotonic() - began < 1.5
+    assert tasks.wait(task_id, 0.9, OPEN).status is TaskStatus.RUNNING
+    assert 0.85 < time.monotonic() - began < 9
     timer.join()
 
 
@@ -198,7 +198,7 @@ def test_an_event_that_never_came_is_made_up_for(
     timer = later(0.1, worker.work)
     began = time.monotonic()
     assert tasks.wait(task_id, 30, OPEN).status is TaskStatus.SUCCEEDED
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 9
     timer.join()
 
 
@@ -215,7 +215,7 @@ def test_closing_answers_whoever_waits(tasks: Tasks) -> None:
     timer = later(0.3, tasks.close)
     began = time.monotonic()
     assert tasks.wait(task_id, 30, OPEN).status is TaskStatus.QUEUED
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 9
     timer.join()
 
 

@@ -114,6 +114,7 @@ def test_options_fall_back_to_their_defaults(clock: Clock) -> None:
     assert clock.now - began == pytest.approx(0.320)
 
 
+@pytest.mark.alone
 def test_twenty_pictures_back_to_back_take_their_time_by_the_real_clock() -> None:
     took = []
     for _ in range(3):  # a busy machine may take the processor away for longer than a GPU would forgive

@@ -349,6 +349,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.alone
 def test_help_is_quick() -> None:
     best = min(_time_of_help() for _ in range(5))
     assert best < 0.5

@@ -101,7 +101,7 @@ def test_the_time_out_ends_the_tries() -> None:
         began = time.monotonic()
         with pytest.raises(Refused, match="Redis is away") as caught:
             client.submit("a cat")
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 2.0, "it did not wait as long as it was told"
     assert caught.value.code == "redis_unavailable"
     assert len(stub.asked) == 1
 
