@@ -80,7 +80,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def app(name: str, settings: Settings, broker: Broker) -> Iterator[OpenAPI]:
+def app(described_once: None, name: str, settings: Settings, broker: Broker) -> Iterator[OpenAPI]:
     """A gateway that speaks this dialect alone."""
     app = create_app(settings.model_copy(update={"dialects": (name,)}), broker)
     yield app

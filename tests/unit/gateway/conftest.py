@@ -21,7 +21,7 @@ from tests.unit.gateway.openai_calls import Diligent
 
 
 @pytest.fixture(autouse=True)
-def nobody_goes_on_listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nobody_goes_on_listening(described_once: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Close every hub that a test makes, whatever application it is of: its threads ask the Redis that tests share."""
     hubs: list[Hub] = []
 
