@@ -296,13 +296,13 @@ def task_record(fields: Mapping[str, str], position: int | None, eta_seconds: fl
     )
 
 
-SUMMARY = ("status", "model", "created_at", "finished_at", "tenant", "request", "n", "images", "retry_of")
+SUMMARY = ("status", "model", "created_at", "finished_at", "tenant", "request", "n", "images", "retry_of", "error")
 PROMPT_CHARS = 120  # of a prompt, in a list
 
 
 def task_summary(task_id: str, fields: Sequence[str | None]) -> TaskSummary:
     """Return a line of a list of tasks from the SUMMARY of a record."""
-    status, model, created_at, finished_at, tenant, request, n, images, retry_of = fields
+    status, model, created_at, finished_at, tenant, request, n, images, retry_of, error = fields
     pictures = len(json.loads(images or "[]"))
     return TaskSummary(
         task_id=task_id,
@@ -314,6 +314,7 @@ def task_summary(task_id: str, fields: Sequence[str | None]) -> TaskSummary:
         images=pictures,
         thumbnail_url=f"/api/tasks/{task_id}/thumbnail" if pictures else None,
         retry_of=retry_of,
+        error_code=TaskError.model_validate_json(error).code if error else None,
         created_at=datetime.fromtimestamp(int(created_at or 0) / 1000, UTC),
         finished_at=when(finished_at),
     )

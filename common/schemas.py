@@ -317,6 +317,7 @@ class TaskView(Wire):
     """The status of a task: GET /api/status/<task_id>."""
 
     task_id: str
+    tenant: str = ""
     status: TaskStatus
     model: str
     progress: Progress
@@ -373,6 +374,7 @@ class TaskSummary(Wire):
     images: int = Field(default=0, description="Pictures that there are.")
     thumbnail_url: str | None = Field(default=None, description="A small picture of the first; null without any.")
     retry_of: str | None = Field(default=None, description="The task that this one does over.")
+    error_code: str | None = Field(default=None, description="Why it failed or expired; its status says more.")
     created_at: datetime
     finished_at: datetime | None
 

@@ -88,7 +88,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> OpenAPI:
     )
     repeats = retries.Retries(gateway.tasks, broker, catalogue, disk, pictures, targets)
     checkup = health.Checkup(broker, catalogue, disk, store.Reach(storage), settings)
-    overview = fleet.Overview(broker, checkup.look)
+    overview = fleet.Overview(broker, checkup)
     watch = fleet.Watch(overview)
     app.extensions |= {TASKS: gateway.tasks, WATCH: watch}
     polls = Polls(app.wsgi_app, doorkeeper, gateway.tasks.hub)

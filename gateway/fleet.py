@@ -13,13 +13,14 @@ from flask_openapi3.types import ResponseDict
 
 from common import telemetry
 from common.broker import Broker
-from common.cards import Health, WorkerCard, slot_of
+from common.cards import WorkerCard, slot_of
 from common.errors import RedisUnavailable
 from common.fleet import Fleet, Recent, WorkerView, lines
 from gateway import problems
 from gateway.admission import Doorkeeper, open_to
 from gateway.api import NO_STORE, Api, json_answer
 from gateway.described import EVENT
+from gateway.health import Checkup
 
 LOOK_EVERY_S = 1.0
 LOOK_LATEST_S = 3.0  # however long a look takes
@@ -33,13 +34,15 @@ log = telemetry.get_logger()
 class Overview:
     """Reads the fleet."""
 
-    def __init__(self, broker: Broker, health: Callable[[], Health]) -> None:
+    def __init__(self, broker: Broker, checkup: Checkup) -> None:
         self._broker = broker
-        self._health = health
+        self._checkup = checkup
 
     def read(self) -> Fleet:
         """Return the fleet as it is; raises RedisUnavailable."""
-        health = self._health()
+        health = self._checkup.look()
+        if health.status == "unhealthy":  # what would be asked next would be waited for as long, and as vainly
+            raise RedisUnavailable("; ".join(health.reasons))
         cards = self._broker.workers()
         return Fleet(
             at=datetime.now(UTC),
@@ -59,13 +62,12 @@ class Overview:
             for card in cards
         ]
 
-    def without_redis(self, last: Fleet | None) -> Fleet:
+    def without_redis(self, last: Fleet | None, error: RedisUnavailable) -> Fleet:
         """Return what is left to show while Redis is away: what was seen last, and that it is."""
+        now, health = datetime.now(UTC), self._checkup.without_redis(error)
         if last is None:
-            last = Fleet(
-                at=datetime.now(UTC), health=self._health(), suspended=False, queues=[], workers=[], recent=Recent()
-            )
-        return last.model_copy(update={"at": datetime.now(UTC), "health": self._health()})
+            return Fleet(at=now, health=health, suspended=False, queues=[], workers=[], recent=Recent())
+        return last.model_copy(update={"at": now, "health": health})
 
 
 class Watch:
@@ -148,8 +150,8 @@ class Watch:
         """Look once, and return whether Redis was there to be looked at."""
         try:
             fleet, seen = self._overview.read(), True
-        except RedisUnavailable:
-            fleet, seen = self._overview.without_redis(self._last), False
+        except RedisUnavailable as error:
+            fleet, seen = self._overview.without_redis(self._last, error), False
         changed = self._last is None or not self._event or _timeless(fleet) != _timeless(self._last)
         self._last = fleet
         if changed:

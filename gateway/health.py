@@ -53,16 +53,12 @@ class Checkup:
 
     def look(self) -> Health:
         """Return the fleet's health, with what is amiss and what to do about it. No host is named: anybody may ask."""
-        uptime_s = round(time.monotonic() - self._began, 3)
         try:
             self._broker.probe()  # reads alone would go on where a full disk makes Redis refuse writes
             every, pending, state = self._broker.workers(), self._broker.pending(), self._redis_state()
             disks = self._broker.disks()
         except RedisUnavailable as error:
-            return Health(
-                status="unhealthy", reasons=[error.message], uptime_seconds=uptime_s, gpu_memory_used_mb=0,
-                pending_tasks=0, models_loaded=[], workers=0,
-            )  # fmt: skip
+            return self.without_redis(error)
         cards = [card for card in every if card.state != "lost"]
         reasons = [
             *_gpus(every),
@@ -75,12 +71,19 @@ class Checkup:
         return Health(
             status="degraded" if reasons else "healthy",
             reasons=reasons,
-            uptime_seconds=uptime_s,
+            uptime_seconds=self._uptime_s(),
             gpu_memory_used_mb=_gpu_memory_used_mb(cards),
             pending_tasks=pending,
             models_loaded=sorted({name for card in cards for name in card.models_loaded}),
             workers=len(cards),
         )
+
+    def without_redis(self, error: RedisUnavailable) -> Health:
+        """Return what is known of the fleet's health while Redis is away."""
+        return Health(
+            status="unhealthy", reasons=[error.message], uptime_seconds=self._uptime_s(), gpu_memory_used_mb=0,
+            pending_tasks=0, models_loaded=[], workers=0,
+        )  # fmt: skip
 
     def ready(self) -> None:
         """Raise what would keep a task that is submitted now from being accepted and run.
@@ -91,6 +94,9 @@ class Checkup:
         self._disk.check()
         if all(card.state in ("loading", "lost") for card in self._broker.workers()):
             raise NoWorker("no worker is alive; start one with: zfleet worker")
+
+    def _uptime_s(self) -> float:
+        return round(time.monotonic() - self._began, 3)
 
     def _redis_state(self) -> RedisState:
         now = time.monotonic()

@@ -218,6 +218,7 @@ def render(record: TaskRecord) -> TaskView:
     webhook = record.request.webhook
     return TaskView(
         task_id=record.task_id,
+        tenant=record.tenant,
         status=record.status,
         model=record.request.model,
         progress=Progress(step=record.step, steps=record.request.steps, preview=preview_url(record.preview)),

@@ -68,13 +68,48 @@ def test_a_worker_that_falls_silent_stays_and_says_so(staged: Staged) -> None:
     stage.tell(fleet_of(one, worker("node.gpu1.bbbbbb", seen_at=datetime.now(UTC) - timedelta(seconds=14))))
     card = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name="node.gpu1.bbbbbb"))
     expect(card).to_contain_text("Not heard of for 14 s")
+    verdict = page.get_by_role("status", name="Verdict")
+    expect(verdict).to_contain_text("Degraded")
+    expect(verdict.get_by_role("listitem")).to_have_text(
+        "Not heard of: node.gpu1.bbbbbb; look at the machine, and its log."
+    )
     stage.tell(fleet_of(one, other))
+    expect(verdict).to_contain_text("Healthy")
     expect(card).not_to_contain_text("Not heard of")
     stage.tell(fleet_of(one))
     expect(card).to_contain_text("silent")
     stage.tell(fleet_of(one, worker("node.gpu1.cccccc", state="loading")))  # who takes its place on that GPU
     expect(card).to_have_count(0)
     expect(page.get_by_role("heading", level=2, name="Workers")).to_have_text("Workers 1 idle, 1 loading")
+
+
+def test_without_redis_what_is_shown_is_of_before_and_no_worker_is_to_blame(staged: Staged) -> None:
+    page, stage = staged()
+    before = worker(seen_at=datetime.now(UTC) - timedelta(seconds=9))
+    stage.tell(fleet_of(before))
+    expect(page.get_by_text("silent", exact=True)).to_be_visible()  # nothing comes, and time passes
+    stage.tell(fleet_of(before, status="unhealthy", reasons=("Redis does not answer",)))
+    verdict = page.get_by_role("status", name="Verdict")
+    expect(verdict.get_by_role("listitem")).to_have_text(
+        ["Redis does not answer", re.compile(r"What else is shown is of \d+:\d\d:\d\d")]
+    )
+    expect(page.get_by_text("silent", exact=True)).to_have_count(0)
+    expect(page.locator(".old")).to_have_count(3)
+    stage.tell(fleet_of(worker()))
+    expect(page.locator(".old")).to_have_count(0)
+
+
+def test_figures_that_are_too_high_stand_out_and_lead_to_their_tasks(staged: Staged) -> None:
+    page, stage = staged()
+    queue = {"model": "turbo", "priority": "normal", "queued": 3, "running": 0, "oldest_age_seconds": 301.0}
+    stage.tell(fleet_of(worker(), queues=[queue | {"priority": "low", "oldest_age_seconds": 3000.0}]))
+    expect(page.get_by_text("50 min 0 s").first).to_be_visible()
+    expect(page.locator(".high")).to_have_count(0)
+    recent = fleet_of()["recent"]
+    stage.tell(fleet_of(worker(), queues=[queue], recent=recent | {"error_ratio": 0.25}))
+    expect(page.locator(".high")).to_have_text(["5 min 1 s", "25%"])
+    page.get_by_role("link", name="Errors").click()
+    expect(page.get_by_role("combobox", name="State")).to_have_value("failed")
 
 
 def test_news_takes_away_neither_focus_nor_place(staged: Staged) -> None:

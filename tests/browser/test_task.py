@@ -137,7 +137,7 @@ def test_a_task_that_waits_shows_its_place_and_expires(visit: VisitFn, fleet: Fl
     seen.open(fleet.tenant, f"#/tasks/{task_id}")
     expect(seen.page.get_by_text(re.compile("before it in line|Next in line"))).to_be_visible()
     expect(seen.page.locator(".state")).to_have_text("expired")
-    expect(seen.page.get_by_text("Its deadline passed")).to_be_visible()
+    expect(seen.page.get_by_text("The deadline passed before a worker was free.")).to_be_visible()
     for other in before:
         fleet.broker.cancel(other, None)
 

@@ -1,5 +1,7 @@
 // The way to the gateway: the reader's key on every call, problems as errors, streams that come back by themselves.
 
+import { hear } from "./clock.js";
+
 const KEY = "zfleet.key";
 const AGAIN_MS = 2000;
 const SILENCE_MS = 45_000; // a stream says something every 15 s; one that does not hangs
@@ -64,7 +66,9 @@ export async function persist(work, { signal, most = Infinity, missed = () => {}
 
 /** GET `path` (relative to the page) and return its JSON. */
 export async function get(path, signal) {
-  return (await ask(path, { signal })).json();
+  const answer = await ask(path, { signal });
+  hear(answer.headers.get("Date"));
+  return answer.json();
 }
 
 /** Return GET /health's JSON, which also comes with a 503; without a gateway, one that says so. */

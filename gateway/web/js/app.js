@@ -3,6 +3,7 @@
 
 import { away, get, key, persist, Problem } from "./api.js";
 import { h, notice, say } from "./dom.js";
+import { sentence } from "./format.js";
 import * as fleet from "./pages/fleet.js";
 import * as operate from "./pages/operate.js";
 import * as playground from "./pages/playground.js";
@@ -57,7 +58,7 @@ const absence = h("p", { class: "card bad", role: "status" });
 
 function absent(error) {
   if (!absence.isConnected) main.replaceChildren(h("h1", {}, "One moment"), absence);
-  say(absence, `${error.message} This page goes on by itself once that is over.`);
+  say(absence, `${sentence(error.message)} This page goes on by itself once that is over.`);
 }
 
 function decoded(part) {

@@ -1,5 +1,7 @@
 // Figures as people read them.
 
+import { now } from "./clock.js";
+
 export const seconds = (value) =>
   value === null || value === undefined ? "–"
     : value < 1 ? `${Math.round(value * 1000)} ms`
@@ -21,10 +23,13 @@ export const number = (value, digits = 0) => (value === null || value === undefi
 /** A moment of RFC 3339 in the reader's own time. */
 export const moment = (text) => (text ? new Date(text).toLocaleString() : "–");
 
+/** What the gateway says, as a sentence among others. */
+export const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".");
+
 /** How long ago a moment of RFC 3339 was, in one unit. */
 export function ago(text) {
   if (!text) return "–";
-  const age = (Date.now() - new Date(text)) / 1000;
+  const age = (now() - new Date(text)) / 1000;
   const [unit, name] = [[86_400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([least]) => age >= least) ?? [0, ""];
   return unit ? `${Math.floor(age / unit)} ${name} ago` : "just now";
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -151,6 +151,29 @@ def test_the_stream_outlives_redis(
         assert seen["health"]["status"] == "unhealthy"
         assert [one["name"] for one in seen["workers"]] == ["host.gpu0.abc"]
     assert data(stream)["health"]["status"] == "healthy"
+
+
+def test_that_redis_is_away_is_waited_for_once(
+    client: FlaskClient, worker: FakeWorker, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.beat()
+    stream = lines(client)
+    assert data(stream)["health"]["status"] == "healthy"
+    asked: list[str] = []
+
+    def away(name: str) -> Callable[[object], None]:
+        def ask(_: object) -> None:
+            asked.append(name)
+            raise RedisUnavailable("Redis does not answer")
+
+        return ask
+
+    with monkeypatch.context() as patch:
+        for name in ("probe", "workers", "queues", "recent", "runs", "suspended"):
+            patch.setattr(Broker, name, away(name))
+        seen = data(stream)
+        assert seen["health"]["reasons"] == ["Redis does not answer"]
+        assert set(asked) == {"probe"}, "each question may take as long as that"
 
 
 def test_time_spent_waiting_for_redis_puts_off_no_look(

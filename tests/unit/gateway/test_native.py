@@ -352,7 +352,22 @@ def test_a_list_says_what_was_asked_for_and_what_came_of_it(client: FlaskClient,
         "task_id": done, "model": "simulated", "prompt": prompt[:120], "n": 3, "images": 3, "retry_of": None,
         "thumbnail_url": f"/api/tasks/{done}/thumbnail",
     }  # fmt: skip
-    assert waits == waits | {"model": "pico", "prompt": "短", "n": 1, "images": 0, "thumbnail_url": None}
+    assert waits == waits | {
+        "model": "pico",
+        "prompt": "短",
+        "n": 1,
+        "images": 0,
+        "thumbnail_url": None,
+        "error_code": None,
+    }
+
+
+def test_a_list_says_why_a_task_failed(client: FlaskClient, worker: FakeWorker) -> None:
+    submit(client)
+    (task,) = worker.take()
+    worker.fail(task)
+    (failed,) = client.get("/api/tasks").get_json()["tasks"]
+    assert (failed["status"], failed["error_code"]) == ("failed", "pipeline_failed")
 
 
 def test_a_list_of_one_model(client: FlaskClient) -> None:

@@ -10,8 +10,10 @@ const WORDS = {
   unknown: ["faint", "…", "Looking"],
 };
 const LATE_S = 20; // the stream says every 15 s that it lives
+const NAMED = 3; // workers that a reason names
 
-/** The line at the top: `show(health, suspended)`. It is read out when it changes, and only then. */
+/** The line at the top: `show(health, { suspended, silent, since })`, with the names of workers that are not heard of, and since
+ *  when nothing else was told where that is so. It is read out when it changes, and only then. */
 export function verdict() {
   const mark = h("span", { class: "mark", "aria-hidden": "true" });
   const word = h("strong");
@@ -19,18 +21,27 @@ export function verdict() {
   const reasons = h("ul", { class: "reasons" });
   const element = h("section", { class: "card verdict", role: "status", "aria-label": "Verdict" },
     mark, h("div", {}, h("p", {}, word, " ", about), reasons));
-  const show = (health, suspended = false) => {
-    const [tone, sign, name] = WORDS[health?.status] ?? WORDS.unknown;
+  const show = (health, { suspended = false, silent = [], since = null } = {}) => {
+    const status = silent.length && health?.status === "healthy" ? "degraded" : health?.status;
+    const [tone, sign, name] = WORDS[status] ?? WORDS.unknown;
     const paused = suspended && tone === "good";
     element.className = `card verdict ${paused ? "warn" : tone}`;
     say(mark, paused ? "‖" : sign);
     say(word, paused ? "Paused" : name);
     say(about, health ? served(health) : "");
-    const why = [...(suspended ? ["The fleet is paused: tasks are accepted, none is begun."] : []), ...(health?.reasons ?? [])];
+    const why = [
+      ...(suspended ? ["The fleet is paused: tasks are accepted, none is begun."] : []), ...(health?.reasons ?? []),
+      ...(silent.length ? [unheard(silent)] : []), ...(since ? [`What else is shown is of ${new Date(since).toLocaleTimeString()}.`] : []),
+    ];
     keyed(reasons, why, (text) => text, (text) => h("li", {}, text), () => {});
   };
   show(null);
   return { element, show };
+}
+
+function unheard(names) {
+  const rest = names.length > NAMED ? ` and ${names.length - NAMED} more` : "";
+  return `Not heard of: ${names.slice(0, NAMED).join(", ")}${rest}; look at the machine, and its log.`;
 }
 
 function served({ workers, models_loaded: models }) {
@@ -48,7 +59,7 @@ export function freshness(signal) {
   const draw = () => {
     const old = heard === null ? 0 : Math.floor((Date.now() - heard) / 1000);
     element.className = `fresh ${connected === false ? "bad" : connected === null || old > LATE_S ? "warn" : "faint"}`;
-    if (connected !== null) say(words, connected ? "live" : "connection lost, trying again");
+    if (connected !== null) say(words, !connected ? "connection lost, trying again" : old > LATE_S ? "nothing heard" : "live");
     say(age, heard === null ? "" : old < 2 ? ", now" : `, ${whole(old)} old`);
   };
   const clock = setInterval(draw, 1000);

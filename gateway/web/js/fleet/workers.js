@@ -29,11 +29,11 @@ export function stateOf(card, at) {
   return card.state;
 }
 
-/** The cards: `show(fleet)`. */
+/** The cards: `show(fleet)`, which returns the names of those that are not heard of. */
 export function workers() {
   const count = h("span", { class: "faint" });
   const cards = h("ul", { class: "workers" });
-  const none = h("p", { class: "card faint" }, "No worker is there. On a machine with a GPU: ", h("code", {}, "zfleet worker --devices all"));
+  const none = h("p", { class: "card faint", hidden: true }, "No worker is there. On a machine with a GPU: ", h("code", {}, "zfleet worker --devices all"));
   const element = h("section", { "aria-labelledby": "workers" }, h("h2", { id: "workers" }, "Workers ", count), cards, none);
   const known = new Map(); // by name: the last card of each, and when it was gone
   const show = (fleet) => {
@@ -41,6 +41,7 @@ export function workers() {
     none.hidden = found.length > 0;
     say(count, summary(fleet));
     keyed(cards, found, (card) => card.name, make, (child, card) => write(child, card, fleet.at));
+    return found.filter((card) => stateOf(card, fleet.at) === "silent").map((card) => card.name);
   };
   return { element, show };
 }

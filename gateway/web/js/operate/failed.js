@@ -1,5 +1,6 @@
 // Tasks that failed or expired: to be done over as new tasks, or to be forgotten. In batches, as there may be very many.
 
+import { link } from "../address.js";
 import { get, post } from "../api.js";
 import { open } from "../dialog.js";
 import { h } from "../dom.js";
@@ -27,7 +28,7 @@ export function failed(signal) {
     else line.done("There are none.");
   };
   const element = h("section", { class: "card", "aria-labelledby": "failed" },
-    h("h2", { id: "failed" }, "Failed tasks"), h("p", { class: "faint flat" }, "Those that expired among them."),
+    h("h2", { id: "failed" }, "Failed tasks"), h("p", { class: "faint flat" }, "Those that expired are among them. ", h("a", { href: link("tasks", { status: "failed" }) }, "Show")),
     h("div", { class: "row bottom" },
       h("label", {}, h("span", {}, "Model"), model), h("label", {}, h("span", {}, "Tenant"), tenant),
       button("Requeue …", line, start(REQUEUE)), button("Purge …", line, start(PURGE), { class: "danger" })), line.element);

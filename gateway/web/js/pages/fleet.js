@@ -18,19 +18,35 @@ export async function show(main, account, signal) {
   main.append(
     h("div", { class: "row spread" }, h("h1", {}, title), fresh.element),
     h("div", { class: "stack" }, said.element, now.element, charts.element, waiting.element, cards.element));
-  let [last, came] = [null, 0];
+  let [last, came, silent, away] = [null, 0, [], false];
+  const parts = [now, waiting, cards];
+  const draw = (fleet) => {
+    for (const part of [now, waiting]) part.show(fleet);
+    silent = cards.show(fleet);
+  };
+  /** Say how it is; without Redis or a gateway what is shown of queues and workers is from before, and they are not to blame. */
+  const judge = (health, suspended) => {
+    const gone = health.status === "unhealthy";
+    if (gone && !away && last) draw(last); // takes back what was guessed while nothing came
+    away = gone;
+    said.show(health, { suspended, silent: away ? [] : silent, since: away ? last?.at : null });
+    for (const { element } of parts) element.classList.toggle("old", away);
+  };
   const on = (fleet) => {
-    said.show(fleet.health, fleet.suspended);
-    if (fleet.health.status === "unhealthy" && last) return; // what is told of workers and queues is from before
-    [last, came] = [fleet, Date.now()];
-    for (const part of [now, waiting, cards]) part.show(fleet);
+    if (fleet.health.status !== "unhealthy") {
+      [last, came] = [fleet, Date.now()];
+      draw(fleet);
+    }
+    judge(fleet.health, fleet.suspended);
   };
   const tell = async (connected) => {
     fresh.told(connected);
-    if (!connected) said.show(await health(signal));
+    if (!connected) judge(await health(signal), last?.suspended);
   };
   const clock = setInterval(() => {
-    if (last && fresh.live() && Date.now() - came > TICK_MS) cards.show({ ...last, at: Date.parse(last.at) + Date.now() - came });
+    if (!last || away || !fresh.live() || Date.now() - came <= TICK_MS) return;
+    silent = cards.show({ ...last, at: Date.parse(last.at) + Date.now() - came });
+    judge(last.health, last.suspended);
   }, TICK_MS);
   signal.addEventListener("abort", () => clearInterval(clock));
   await Promise.all([watch(on, tell, signal), charts.follow()]);

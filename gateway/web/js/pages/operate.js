@@ -18,10 +18,14 @@ export async function show(main, account, signal) {
     h("div", { class: "row spread" }, h("h1", {}, title), fresh.element),
     h("div", { class: "stack" }, said.element, pausing.element, machines.element, failures.element, ring.element));
   said.element.hidden = true;
+  let since = null;
   const on = (fleet) => {
-    said.show(fleet.health, fleet.suspended);
-    said.element.hidden = fleet.health.status !== "unhealthy";
-    if (!said.element.hidden) return; // what is told of pauses and workers is from before
+    const away = fleet.health.status === "unhealthy"; // then what is told of pauses and workers is from before
+    said.show(fleet.health, { suspended: fleet.suspended, since: away ? since : null });
+    said.element.hidden = !away;
+    for (const { element } of [pausing, machines]) element.classList.toggle("old", away);
+    if (away) return;
+    since = fleet.at;
     pausing.show(fleet);
     machines.show(fleet);
   };

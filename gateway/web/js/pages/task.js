@@ -3,7 +3,7 @@
 import { get, post, Problem } from "../api.js";
 import { link } from "../address.js";
 import { h, notice } from "../dom.js";
-import { moment, seconds } from "../format.js";
+import { moment, seconds, sentence } from "../format.js";
 import { act } from "../operate/acting.js";
 import { copyButtons } from "../tasks/copying.js";
 import { followTask } from "../tasks/following.js";
@@ -16,6 +16,7 @@ import { waterfall } from "../tasks/waterfall.js";
 export const title = "Task";
 
 const DELIVERIES_MS = 5000;
+const NAMES = { n: "pictures", deadline_s: "deadline (s)" }; // of what does not read as a word
 
 export async function show(main, account, signal, id) {
   const page = pageOf(id, signal);
@@ -93,23 +94,22 @@ function buttonsOf(id) {
 function words(task) {
   const error = task.error && h("div", { class: "card problem" },
     h("h2", { class: "bad" }, task.error.code),
-    h("p", {}, task.error.message),
+    h("p", {}, sentence(task.error.message)),
     h("p", { class: "faint" }, task.error.retryable ? "The same request may succeed later: retry it." : "The same request will most likely fail again: change it first."));
-  const expired = task.status === "expired" && h("p", { class: "card warn" }, "Its deadline passed before a worker could begin it.");
   const warnings = task.warnings.map((warning) => h("p", { class: "card warn" }, warning));
-  return [error, expired, ...warnings].filter(Boolean);
+  return [error, ...warnings].filter(Boolean);
 }
 
 function attempts(task) {
   if (!task.attempts.length) return h("p", { class: "faint" }, "No worker has begun it.");
-  const head = ["#", "Outcome", "Took", "Worker", "GPU", "Began"].map((name) => h("th", { scope: "col" }, name));
+  const head = ["#", "Outcome", "Took", "Worker", "GPU", "Began"].map((name) => h("th", { scope: "col", class: name === "Took" ? "number" : null }, name));
   const rows = task.attempts.map((one, index) => h("tr", {},
-    h("td", { class: "number" }, index + 1),
+    h("td", {}, index + 1),
     h("td", { class: outcomeKind(one.outcome) }, one.outcome),
     h("td", { class: "number" }, one.ended_at ? seconds((Date.parse(one.ended_at) - Date.parse(one.started_at)) / 1000) : "–"),
     h("td", {}, one.worker),
     h("td", {}, one.gpu),
-    h("td", { class: "number" }, moment(one.started_at))));
+    h("td", {}, moment(one.started_at))));
   return h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows));
 }
 
@@ -117,13 +117,13 @@ function request(task) {
   const { prompt, negative_prompt: negative, width, height, webhook, metadata, model, ...rest } = task.request;
   const idle = { strength: !rest.init_image, control_scale: !rest.control_image, cfg_normalization: !rest.guidance_scale, cfg_truncation: !rest.guidance_scale };
   const shown = ([name, value]) => !idle[name] && value !== null && (!Array.isArray(value) || value.length);
-  const own = Object.entries(rest).filter(shown).map(([name, value]) => [name.replaceAll("_", " "), written(value)]);
-  const facts = [["model", model], ["size", `${width} × ${height}`], ...own];
+  const own = Object.entries(rest).filter(shown).map(([name, value]) => [NAMES[name] ?? name.replaceAll("_", " "), written(value)]);
+  const facts = [...(task.tenant ? [["tenant", task.tenant]] : []), ["model", model], ["size", `${width} × ${height}`], ...own];
   const dates = [["created", task.created_at], ["kept until", task.expires_at]].filter(([, at]) => at).map(([name, at]) => [name, moment(at)]);
   const notes = Object.entries(metadata).map(([name, value]) => [`metadata ${name}`, value]);
   const origin = task.retry_of && h("p", {}, "A retry of ", h("a", { href: link(`tasks/${task.retry_of}`) }, task.retry_of.slice(0, 8)));
-  const not = negative && h("p", { class: "words faint" }, "Not: ", negative);
-  return card("Request", h("p", { class: "words" }, prompt), not, origin, definitions([...facts, ...notes, ...dates]));
+  const not = negative && h("p", { class: "words faint" }, "Not: ", h("bdi", {}, negative));
+  return card("Request", h("p", { class: "words", dir: "auto" }, prompt), not, origin, definitions([...facts, ...notes, ...dates]));
 }
 
 const written = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
@@ -137,8 +137,8 @@ function deliveries(task) {
     h("td", { class: outcomeKind(one.state) }, one.state),
     h("td", { class: "number" }, one.tries),
     h("td", {}, one.last_error ?? (one.last_status === null ? "–" : one.last_status)),
-    h("td", { class: "number" }, moment(one.next_try_at))));
-  const head = ["Event", "State", "Tries", "Last answer", "Next try"].map((name) => h("th", { scope: "col" }, name));
+    h("td", {}, moment(one.next_try_at))));
+  const head = ["Event", "State", "Tries", "Last answer", "Next try"].map((name) => h("th", { scope: "col", class: name === "Tries" ? "number" : null }, name));
   return [card("Webhook", h("p", { class: "faint words" }, task.webhook.url),
     rows.length ? h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows))) : h("p", { class: "faint" }, "Nothing to tell yet."))];
 }

@@ -3,6 +3,7 @@
 import { get } from "../api.js";
 import { link, query, rename } from "../address.js";
 import { h } from "../dom.js";
+import { sentence } from "../format.js";
 import { rowsOf } from "../tasks/rows.js";
 import { thumbnails } from "../tasks/pictures.js";
 import { isOpen, STATES } from "../tasks/states.js";
@@ -73,8 +74,10 @@ function listOf(account, signal) {
       const page = await ask({ limit: Math.min(PAGE_MAX, Math.max(PAGE, shown)) }).catch((error) => error);
       if (mine !== turn || signal.aborted) return;
       if (page.status === 401) throw page;
-      if (page instanceof Error) state.textContent = `${page.message} What is shown may be old.`;
-      else draw(...behind(page));
+      if (page instanceof Error) {
+        state.textContent = `${sentence(page.message)} What is shown may be old.`;
+        rows.draw(rows.tasks()); // their ages go on
+      } else draw(...behind(page));
     }
     timer = setTimeout(refresh, pause(), mine);
   }
@@ -99,7 +102,7 @@ function listOf(account, signal) {
   function failed(error) {
     place.replaceChildren();
     more.hidden = true;
-    state.replaceChildren(`${error.message} `, h("button", { type: "button", onclick: begin }, "Try again"));
+    state.replaceChildren(`${sentence(error.message)} `, h("button", { type: "button", onclick: begin }, "Try again"));
     rows = undefined;
   }
 

@@ -17,7 +17,7 @@ export function field(name, label, control, hint = "") {
   return { name, element, control, tell };
 }
 
-export const area = (rows, props = {}) => h("textarea", { rows, spellcheck: false, ...props });
+export const area = (rows, props = {}) => h("textarea", { rows, spellcheck: false, dir: "auto", ...props });
 
 export const entry = (props = {}) => h("input", { type: "number", inputMode: "numeric", step: 1, autocomplete: "off", ...props });
 

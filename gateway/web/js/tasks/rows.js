@@ -27,7 +27,7 @@ export function rowsOf({ thumbnail, everybody }) {
 
 function rowOf(thumbnail, everybody) {
   const picture = h("span");
-  const prompt = h("a", { class: "prompt" });
+  const prompt = h("a", { class: "prompt", dir: "auto" });
   const facts = h("span", { class: "facts faint" });
   const state = h("span", { class: "state-cell" });
   const when = h("time", { class: "faint number" });
@@ -44,7 +44,7 @@ function rowOf(thumbnail, everybody) {
     }
     if (!before || before.thumbnail_url !== task.thumbnail_url) picture.replaceChildren(thumbnail(task.thumbnail_url));
     if (before?.status !== task.status) state.replaceChildren(stateTag(task.status));
-    say(facts, [task.model, count(task), everybody && task.tenant, task.retry_of && "a retry"].filter(Boolean).join(" · "));
+    say(facts, [task.error_code, task.model, count(task), everybody && task.tenant, task.retry_of && "a retry"].filter(Boolean).join(" · "));
     say(took, task.finished_at ? `took ${seconds((Date.parse(task.finished_at) - Date.parse(task.created_at)) / 1000)}` : "");
     before = task;
   }

@@ -1,5 +1,6 @@
 // Where a task's time went: a bar for each stretch of it, on one scale from its submit to its end.
 
+import { now } from "../clock.js";
 import { h, s } from "../dom.js";
 import { seconds } from "../format.js";
 import { outcomeKind } from "./states.js";
@@ -9,9 +10,9 @@ const CLOSE_MS = 1; // what ends an attempt and what ends its task are the same 
 
 /** Return the stretches of a task as {name, kind, from, ms}, `from` in ms since its submit.
  *  The stages are those of its last attempt, which does one after the other; what it waited in between for others is at the end. */
-function stretches(task, now = Date.now()) {
+function stretches(task) {
   const begin = Date.parse(task.created_at);
-  const end = task.finished_at ? Date.parse(task.finished_at) : now;
+  const end = task.finished_at ? Date.parse(task.finished_at) : now();
   const found = [];
   let free = 0; // since when no worker has had it
   task.attempts.forEach((attempt, index) => {
