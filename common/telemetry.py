@@ -44,7 +44,7 @@ def configure(settings: Settings, role: str, **bound: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    for noisy in ("rq", "urllib3", "PIL", "werkzeug"):
+    for noisy in ("rq", "urllib3", "PIL", "werkzeug", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.captureWarnings(True)  # as lines of the log, by way of its logger py.warnings
     logging.getLogger("retrying").setLevel(logging.CRITICAL)  # it would log a traceback for each try
