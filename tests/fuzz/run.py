@@ -27,6 +27,7 @@ from tests.servers import eventually
 ROOT = Path(__file__).parents[2]
 PHASES = 3  # that draw: each sends its own examples of an operation
 ROUNDS = 10  # at most, until there were as many cases as were asked for
+REFUSED = (401, 403)  # whatever else is sent: schemathesis' own warning of it counts in shares, which few cases miss
 CALM_S = 20.0  # so soon after the last request every task has ended
 CONFIGURATION = """\
 hooks = "tests.fuzz.hooks"
@@ -71,6 +72,7 @@ def fuzz(folder: Path, *, cases: int, seed: int) -> Outcome:
     outcome = Outcome()
     with Target(folder) as target:
         configuration = _configure(folder, target)
+        operations = _operations(target)
         served_by = target.gateway_processes()
         for number in range(ROUNDS):
             if outcome.cases >= cases or outcome.problems:
@@ -80,7 +82,11 @@ def fuzz(folder: Path, *, cases: int, seed: int) -> Outcome:
             outcome.problems.append("a process died")
         eventually(lambda: target.broker.pending() == 0, within_s=CALM_S)
     log = (folder / "gateway.log").read_text("utf-8", "replace")
-    outcome.statuses.update(int(status) for status in re.findall(r'"status":(\d+)', log))
+    answered = [json.loads(line) for line in log.splitlines() if line.startswith("{") and '"event":"request"' in line]
+    outcome.statuses.update(line["status"] for line in answered)
+    if outcome.cases >= cases:
+        let_in = {(line["method"], line["route"]) for line in answered if line["status"] not in REFUSED}
+        outcome.problems += [f"nobody was let in: {' '.join(call)}" for call in sorted(operations - let_in)]
     outcome.problems += sorted({f"in the log: {line}" for line in re.findall(r"request_failed|Traceback", log)})
     if outcome.cases < cases and not outcome.problems:
         outcome.problems.append(f"only {outcome.cases} cases")
@@ -100,7 +106,7 @@ def _configure(folder: Path, target: Target) -> Path:
 
 
 def _round(target: Target, configuration: Path, report: Path, seed: int, cases: int, outcome: Outcome) -> None:
-    each = max(1, cases // (PHASES * _operations(target)))
+    each = max(1, cases // (PHASES * len(_operations(target))))
     done = subprocess.run(
         [
             sys.executable, "-m", "schemathesis.cli", "--config-file", str(configuration), "run",
@@ -123,8 +129,13 @@ def _round(target: Target, configuration: Path, report: Path, seed: int, cases: 
         outcome.problems.append(f"schemathesis ended with {done.returncode}")
 
 
-def _operations(target: Target) -> int:
-    return sum(len(calls) for calls in target.description()["paths"].values())
+def _operations(target: Target) -> set[tuple[str, str]]:
+    """Return the method and the route of each, as the gateway's log has them."""
+    return {
+        (method.upper(), re.sub(r"{(\w+)}", r"<\1>", path))
+        for path, calls in target.description()["paths"].items()
+        for method in calls
+    }
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ START_S = 40.0
 EVERY_NTH_FAILS = 5
 EVERY_NTH_LINGERS = 3
 LINGER_S = 0.1
-NAMES = ("acme", "umbrella", "operator")
+NAMES = ("operator", "acme", "umbrella")  # whoever comes first sends most
 ROOM = 64  # pictures that the worker takes at once
 
 
