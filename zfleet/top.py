@@ -22,6 +22,7 @@ LABEL = 14  # characters before a sparkline
 FIGURE = 10  # and after it
 BAR = 16
 REASONS = 3
+SILENT_S = 10  # workers tell of themselves every 3 s
 NONE = "-"
 
 
@@ -79,7 +80,7 @@ class Frame:
             f"p95 {seconds(recent.p95_seconds) or NONE}",
             f"errors {_percent(recent.error_ratio)}",
         ]
-        yield _one_line(Text("  ·  ".join(told)))
+        yield _one_line(Text(" · ".join(told)))
         if self.history is not None and self.history.points:
             yield from _trends(self.history, options)
 
@@ -165,18 +166,19 @@ def _queues(fleet: Fleet) -> _Part:
 
 def _workers(fleet: Fleet, now: datetime) -> _Part:
     columns = ["WORKER", "STATE", "DEVICE", ">UTIL", ">MEMORY", ">TEMP", ">POWER", ">RUNS", ">IMAGES", ">UP"]
-    return _Part(columns, [_worker(worker, now) for worker in fleet.workers], "No worker is alive.")
+    return _Part(columns, [_worker(worker, fleet.at, now) for worker in fleet.workers], "No worker is alive.")
 
 
-def _worker(worker: WorkerView, now: datetime) -> list[RenderableType]:
+def _worker(worker: WorkerView, at: datetime, now: datetime) -> list[RenderableType]:
     gpu = worker.gpu
     memory = None if gpu is None or gpu.memory_used_mb is None else f"{gpu.memory_used_mb / 1024:.1f}"
     if gpu is not None and memory and gpu.memory_total_mb:
         memory += f"/{gpu.memory_total_mb / 1024:.0f}G"
-    colour = {"lost": "red", "draining": "yellow", "loading": "yellow", "busy": "green"}.get(worker.state, "")
+    state = _state(worker, at)
+    colour = {"lost": "red", "silent": "red", "busy": "green"}.get(state, "" if state == "idle" else "yellow")
     return [
         _name(worker.name),
-        Text(worker.state, style=colour),
+        Text(state, style=colour),
         _name(gpu.name if gpu else worker.device),
         NONE if gpu is None or gpu.utilisation_percent is None else f"{gpu.utilisation_percent}%",
         memory or NONE,
@@ -186,6 +188,15 @@ def _worker(worker: WorkerView, now: datetime) -> list[RenderableType]:
         str(worker.images_done),
         _age(worker.started_at, now),
     ]
+
+
+def _state(worker: WorkerView, at: datetime) -> str:
+    """Return what a worker says it is, unless nothing was heard of it by then or it is drained by hand."""
+    if (at - worker.seen_at).total_seconds() > SILENT_S:
+        return "silent"
+    if worker.drained and worker.state in ("idle", "busy"):
+        return "draining" if worker.runs else "drained"
+    return worker.state
 
 
 def _runs(fleet: Fleet) -> _Part:

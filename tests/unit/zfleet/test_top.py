@@ -82,6 +82,21 @@ def shown(width: int = 80, height: int = 24, *, encoding: str = "utf-8", **chang
     return raw.buffer.getvalue().decode(encoding).splitlines()
 
 
+def test_workers_that_are_silent_or_drained_say_so() -> None:
+    quiet = worker(1, 0).model_copy(update={"seen_at": NOW - timedelta(seconds=11)})
+    drained = worker(2, 0).model_copy(update={"drained": True, "state": "idle"})
+    draining = worker(3, 1).model_copy(update={"drained": True})
+    found = fleet().model_copy(update={"workers": [quiet, drained, draining]})
+    lines = shown(160, 60, fleet=found, now=NOW + timedelta(hours=1))
+    states = [line.split()[1] for line in lines if line.startswith("host.gpu")]
+    assert states == ["silent", "drained", "draining"], "by the fleet's clock, not the terminal's"
+
+
+def test_the_figures_fit_into_a_terminal_of_80() -> None:
+    (line,) = [line for line in shown(80) if "queued" in line]
+    assert line.rstrip().endswith("errors 3.4%")
+
+
 def test_all_that_matters_is_there() -> None:
     text = "\n".join(shown(160, 60))
     for word in (
