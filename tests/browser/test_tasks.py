@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -133,6 +134,16 @@ def test_a_rare_state_is_looked_for_behind_very_many_tasks(visit: VisitFn, fleet
     expect(page.get_by_role("link", name="the one")).to_be_visible()
     page.clock.fast_forward(11_000)
     expect(page.get_by_role("link", name="the one")).to_be_visible()
+
+
+def test_ages_are_told_by_the_gateways_clock(visit: VisitFn, fleet: Fleet) -> None:
+    key, seen = new_key(fleet.broker, "early"), visit()
+    with Client(fleet.url, api_key=key) as client:
+        client.generate("x", model="simulated")
+    seen.page.clock.install(time=time.time() + 3 * 3600)
+    seen.open(key, "#/tasks")
+    assert seen.page.evaluate("Date.now()") > (time.time() + 2 * 3600) * 1000
+    expect(seen.page.get_by_role("listitem")).to_contain_text(re.compile(r"just now|[0-9] s ago|min ago"))
 
 
 def test_a_key_that_is_revoked_meanwhile_ends_the_page(visit: VisitFn, fleet: Fleet) -> None:
