@@ -47,7 +47,7 @@ class S3Server(Server):
     def _answers(self) -> bool:
         try:
             return requests.get(self.endpoint, timeout=5).status_code > 0
-        except requests.ConnectionError:
+        except requests.RequestException:
             return False
 
 

@@ -57,7 +57,7 @@ def gateway(broker: Broker, settings: Settings, folder: Path) -> Iterator[str]:
 def _answers(url: str) -> bool:
     try:
         return requests.get(f"{url}/health", timeout=5).ok
-    except requests.ConnectionError:
+    except requests.RequestException:
         return False
 
 

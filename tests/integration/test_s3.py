@@ -63,5 +63,5 @@ def test_pictures_go_into_the_bucket_and_come_from_it_and_so_do_those_to_start_f
 def _up(url: str) -> bool:
     try:
         return requests.get(f"{url}/health", timeout=5).status_code == 200
-    except requests.ConnectionError:
+    except requests.RequestException:
         return False

@@ -102,5 +102,5 @@ def _health(url: str) -> dict[str, Any]:
 def _is_up(url: str) -> bool:
     try:
         return requests.get(f"{url}/live", timeout=BOUND_S).ok
-    except requests.ConnectionError:
+    except requests.RequestException:
         return False
