@@ -106,6 +106,7 @@ def points(samples: Sequence[Sample], step_s: float, now_ms: int) -> list[Point]
     Where samples are missing there are points of nulls, and the step after them has no counts, as nobody knows how much
     of them belongs into it.
     """
+    samples = _in_order(samples)
     found: deque[Point] = deque(maxlen=STEPS)
     for before, after in pairwise(samples):
         missing = _missing(before.at, after.at, step_s)
@@ -123,6 +124,7 @@ def recent(samples: Sequence[Sample], window_s: float, step_s: float, now_ms: in
 
     Nothing is known of late where more than one is missing since.
     """
+    samples = _in_order(samples)
     total: Counter[str] = Counter()
     seconds = 0.0
     for before, after in reversed(list(pairwise(samples))):
@@ -166,6 +168,15 @@ def done(counts: Mapping[str, int]) -> Done:
         joules_per_image=round(joules / images, 2) if joules and images else None,
         **outcomes,
     )
+
+
+def _in_order(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Return these samples without those of a time that came once more, as Redis' clock was set back."""
+    found: list[Sample] = []
+    for sample in reversed(samples):
+        if not found or sample.at <= found[-1].at:
+            found.append(sample)
+    return found[::-1]
 
 
 def _missing(before_ms: int, after_ms: int, step_s: float) -> int:

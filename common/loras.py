@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -33,6 +34,6 @@ def lora_files(folder: Path) -> dict[str, Path]:
 
     Raises OSError.
     """
-    root = folder.resolve(strict=True)
+    root = Path(os.path.realpath(folder, strict=True))  # Path.resolve has RuntimeError for links that go round
     paths = [path for path in root.iterdir() if path.suffix == SUFFIX and re.fullmatch(LORA_NAME, path.stem)]
     return {path.stem: path for path in paths if path.is_file() and path.resolve().is_relative_to(root)}

@@ -172,7 +172,7 @@ def check_safetensors(path: Path) -> None:
         try:
             head: Any = json.loads(file.read(length)) if length <= min(HEADER_MAX, size - 8) else None
             ends = [int(tensor["data_offsets"][1]) for name, tensor in head.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError):
+        except (ValueError, OverflowError, AttributeError, TypeError, KeyError, IndexError, RecursionError):
             raise Damaged(f"{path} has no head of a safetensors file: it is cut off, or something else") from None
     if size != 8 + length + max(ends, default=0):
         raise Damaged(f"{path} has {size} bytes, not the {8 + length + max(ends, default=0)} that its head tells of")

@@ -25,7 +25,7 @@ def logs(patient: Patient) -> Iterator[Finding]:
         yield Finding("logs", "skipped", "ZFLEET_LOG_DIR is not set: they go to stderr")
         return
     there = folder
-    while not there.exists() and there != there.parent:  # it is made by whoever first logs
+    while not os.path.lexists(there) and there != there.parent:  # it is made by whoever first logs
         there = there.parent
     mine = "give it to this user, or set ZFLEET_LOG_DIR"
     if not there.is_dir():

@@ -152,3 +152,15 @@ def test_bounds_are_in_order_and_have_no_end(text: str) -> None:
     bounds = Bounds(text)
     assert [bounds.of(value) for value in values] == list(bounds.names)
     assert bounds.of(0) == bounds.names[0]
+
+
+def test_a_clock_that_was_set_back_leaves_no_time_that_goes_back() -> None:
+    before = [sample(101 + 10 * nth, {"images": nth, "tasks|succeeded": nth}) for nth in range(5)]
+    assert recent([*before, sample(60, {"images": 5})]) == Recent(), "nothing is known of the time before"
+    samples = [
+        *before,
+        sample(120, {"images": 5, "tasks|succeeded": 5}),
+        sample(130, {"images": 7, "tasks|succeeded": 7}),
+    ]
+    assert [(point.at.timestamp(), point.images) for point in points(samples)] == [(111, 1), (120, 4), (130, 2)]
+    assert recent(samples).window_seconds == 29

@@ -85,8 +85,9 @@ def test_the_same_name_twice_is_refused(folder: Path) -> None:
 
 
 def test_without_a_folder_there_are_none(tmp_path: Path) -> None:
-    for folder in (None, tmp_path / "missing", tmp_path / "file"):
-        (tmp_path / "file").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    for folder in (None, tmp_path / "missing", tmp_path / "file", tmp_path / "round"):
         assert available(folder) == ()
         assert resolve(folder, ()) == ()
         with pytest.raises(UnknownLora, match=r"no LoRA 'ink'; there are none \(see ZFLEET_LORA_DIR\)"):

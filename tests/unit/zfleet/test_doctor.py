@@ -177,6 +177,8 @@ def test_logs_have_a_folder_with_room(settings: Settings, tmp_path: Path, monkey
 def test_logs_that_may_not_be_written(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a file").touch()
     assert "is no folder" in logging_to(settings, tmp_path / "a file")[0].says
+    (tmp_path / "a link").symlink_to(tmp_path / "gone")
+    assert "is no folder" in logging_to(settings, tmp_path / "a link")[0].says
     ours, foreign = tmp_path / "worker-0.log", tmp_path / "someone-elses.log"
     for path in (ours, foreign):
         path.touch()
@@ -203,12 +205,14 @@ def test_loras_are_looked_into(settings: Settings, tmp_path: Path, checkpoint: P
     (fine,) = with_loras(settings, folder)
     assert (fine.state, fine.says) == ("ok", f"{folder}: 1 can be named by tasks")
     (folder / "cut.safetensors").write_bytes((folder / "ink.safetensors").read_bytes()[:-1])
+    head = b'{"a":{"data_offsets":[0,Infinity]}}'
+    (folder / "endless.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
     (folder / "no name.safetensors").symlink_to("ink.safetensors")
     (folder / "outside.safetensors").symlink_to(checkpoint / "transformer" / "a.safetensors")
     first, *others = with_loras(settings, folder)
     assert (first.state, first.says) == ("ok", f"{folder}: 1 can be named by tasks")
-    assert [(one.state, one.says.split(".safetensors")[0].rpartition("/")[2]) for one in others] == [
-        ("problem", "cut"), ("warning", "no name"), ("warning", "outside"),
+    assert sorted((one.state, one.says.split(".safetensors")[0].rpartition("/")[2]) for one in others) == [
+        ("problem", "cut"), ("problem", "endless"), ("warning", "no name"), ("warning", "outside"),
     ]  # fmt: skip
 
 
