@@ -17,6 +17,7 @@ from common.errors import (
     Forbidden,
     InvalidRequest,
     MalformedBody,
+    NotStored,
     QueueFull,
     RedisUnavailable,
     StorageError,
@@ -144,9 +145,9 @@ class Clearing:
             if record := self._broker.view(failed.task_id):
                 again = self._retries.again(record, key_id=failed.key_id, request_id=request_id)
                 requeued.append(Requeued(task_id=failed.task_id, new_task_id=again.task_id))
-        except NOT_NOW:
-            raise
         except FleetError as error:
+            if isinstance(error, NOT_NOW) and not isinstance(error, NotStored):
+                raise
             refused.append(Refused(task_id=failed.task_id, code=error.code, detail=error.message))
 
     def _sweep(self, purged: Purged, request_id: str) -> None:

@@ -137,7 +137,7 @@ class Inputs:
             raise Unusable("is unknown here, or was not used for too long; send the picture again")
         head = formats.head(self._storage.head(key, formats.STORED_HEAD_BYTES))
         if head is None:
-            raise StorageError("a stored picture cannot be read; send it again")
+            raise Unusable("is stored, but cannot be read; send the picture again")
         return Input(handle=handle, width=head.width, height=head.height, identity=handle)
 
 

@@ -14,6 +14,7 @@ from rq.serializers import JSONSerializer
 from werkzeug.test import TestResponse
 
 from common.broker import Broker
+from common.inputs import new_handle, storage_key
 from common.settings import Settings
 from common.storage import open_storage
 from common.storage.base import attempt_folder
@@ -70,15 +71,16 @@ def test_one_tenant_or_one_model(client: FlaskClient, failed: Sequence[str]) -> 
 def test_what_cannot_be_done_over_is_told_and_passed_over(
     client: FlaskClient, submit: SubmitFn, worker: FakeWorker
 ) -> None:
-    gone = submit(init_image="img_" + "0" * 32)
+    cut_off = new_handle("default")
+    lost = [submit(init_image=handle) for handle in ("img_" + "0" * 32, cut_off)]
     good = submit()
     assert worker.storage is not None
-    worker.storage.put("20260131/x", b"x")  # a storage without its folder would be one that is away
-    for task in worker.take(2):
+    worker.storage.put(storage_key(cut_off), b"")  # without any the storage's folder would be one that is away
+    for task in worker.take(3):
         worker.fail(task)
     answer = clear(client, "requeue").get_json()
     assert [one["task_id"] for one in answer["requeued"]] == [good]
-    assert [(one["task_id"], one["code"]) for one in answer["refused"]] == [(gone, "input_gone")]
+    assert {one["task_id"]: one["code"] for one in answer["refused"]} == dict.fromkeys(lost, "input_gone")
     assert not answer["more"]
 
 
