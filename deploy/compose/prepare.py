@@ -27,11 +27,11 @@ def environment(known: str) -> str:
 
 
 def users(env: str) -> str:
-    """Return Redis' ACL file with the passwords' digests; raises SystemExit where a user has none."""
+    """Return Redis' ACL file with the passwords' digests; raises SystemExit where a user has none, or an odd one."""
     command = [sys.executable, str(DEPLOY / "redis" / "users.py"), "--given"]
     done = subprocess.run(command, input=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{done.stderr.strip()} in .env: copy the line from .env.example")
+        sys.exit(f"{done.stderr.strip()} (in .env; an empty line as in .env.example gets a new one)")
     return done.stdout
 
 
@@ -57,11 +57,14 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(argv[0]) if argv else HERE
     path, made = folder / ".env", folder / "made"
     known = path if path.exists() else HERE / ".env.example"
+    if not folder.is_dir():
+        sys.exit(f"there is no folder {folder}")
     env = environment(known.read_text("utf-8"))
+    texts = {"users.acl": users(env), "nginx.conf": nginx(), "aws": aws(env)}
     made.mkdir(mode=0o700, exist_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.write(env)
-    for name, text in {"users.acl": users(env), "nginx.conf": nginx(), "aws": aws(env)}.items():
+    for name, text in texts.items():
         (made / name).write_text(text, "utf-8")
         (made / name).chmod(0o644)  # read by the containers' own users, through a folder that is ours alone
     print(f"{path}, and in {made}: users.acl, nginx.conf, aws")

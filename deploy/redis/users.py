@@ -18,13 +18,16 @@ from pathlib import Path
 USERS = Path(__file__).with_name("users.acl")
 MISSING = re.compile(r"\b([A-Z]+)_PASSWORD_SHA256\b")
 GIVEN = re.compile(r"^([A-Z]+)_PASSWORD=(.+)$", re.MULTILINE)
+PLAIN = re.compile(r"[A-Za-z0-9._~-]+")  # a URL has it as it is, and whatever reads such lines takes nothing off it
 
 
 def filled(passwords: Mapping[str, str]) -> str:
-    """Return the file with the digests of these passwords, by user; raises SystemExit where a user has none."""
+    """Return the file with the digests of these passwords, by user; raises SystemExit for none, or an odd one."""
     acl = USERS.read_text("utf-8")
     if lacking := set(MISSING.findall(acl)) - passwords.keys():
         sys.exit(f"{sys.argv[0]}: there is no {min(lacking)}_PASSWORD")
+    if odd := [user for user, password in passwords.items() if not PLAIN.fullmatch(password)]:
+        sys.exit(f"{sys.argv[0]}: {min(odd)}_PASSWORD may have A-Z a-z 0-9 . _ ~ - alone: no quotes, spaces, @ or $")
     return MISSING.sub(lambda user: hashlib.sha256(passwords[user[1]].encode()).hexdigest(), acl)
 
 

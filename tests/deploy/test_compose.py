@@ -261,6 +261,16 @@ def test_prepare_keeps_what_was_changed(tmp_path: Path) -> None:
     assert not any(password in made for password in passwords)
 
 
+@pytest.mark.parametrize("password", ['"quoted"', "a b", "a$b", "p@ss/word", "x # y"])
+def test_a_password_that_urls_or_compose_would_read_as_another_is_refused(tmp_path: Path, password: str) -> None:
+    told = f"GATEWAY_PASSWORD={password}\nWORKER_PASSWORD=\nCOURIER_PASSWORD=\nOPERATOR_PASSWORD=\n"
+    (tmp_path / ".env").write_text(told, "utf-8")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        prepare(tmp_path)
+    assert "GATEWAY_PASSWORD may have" in failed.value.stderr and password.strip() not in failed.value.stderr
+    assert not (tmp_path / "made").exists() and "WORKER_PASSWORD=\n" in (tmp_path / ".env").read_text("utf-8")
+
+
 def test_redis_takes_its_command_and_its_users(prepared: Path, composed: Any, tmp_path: Path) -> None:
     told = {"/data": str(tmp_path), "/run/secrets/users.acl": str(prepared / "made" / "users.acl")}
     command = composed["redis"]["command"]
