@@ -28,6 +28,7 @@ CONNECTIONS = 32  # of one process
 DELETED_AT_ONCE = 1000  # as many as one call may name
 
 _GONE = ("404", "NoSuchKey", "NotFound")
+_NO_S3 = (ValueError, KeyError, RecursionError)  # from odd dates, lists without keys, redirects that never end
 _NO_ROOM = ("507", "QuotaExceeded", "XMinioStorageFull", "InsufficientStorage")
 
 
@@ -152,6 +153,9 @@ def _told(what: str) -> Iterator[None]:
         yield
     except (ClientError, BotoCoreError) as error:
         raise _as_told(error, what) from error
+    except _NO_S3 as error:
+        name = type(error).__name__
+        raise StorageError(f"cannot {what}: what answers is no S3 ({name}); look at ZFLEET_S3_ENDPOINT") from error
 
 
 def _as_told(error: ClientError | BotoCoreError, what: str) -> StorageError:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,39 @@ def test_a_server_that_is_away_is_a_storage_error(server: S3Server, monkeypatch:
 def test_a_bucket_that_is_gone_is_no_empty_one(server: S3Server) -> None:
     with pytest.raises(StorageError, match="cannot reach the bucket"):
         opened(server, s3_url="s3://nowhere").exists("a/0.png")
+
+
+@pytest.mark.parametrize(
+    ("status", "head", "body"),
+    [
+        (302, {"Location": "/elsewhere"}, b""),
+        (200, {"Last-Modified": "yesterday"}, b"x"),
+        (200, {}, b"<ListBucketResult><Contents><Size>1</Size></Contents></ListBucketResult>"),
+        (200, {"Content-Length": "9"}, b"x"),
+        (502, {}, b"<html>&nbsp;"),
+    ],
+    ids=["redirect", "date", "list", "cut off", "proxy"],
+)
+def test_what_answers_and_is_no_s3_is_a_storage_error(
+    server: S3Server, status: int, head: dict[str, str], body: bytes
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | head).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
+        store = opened(server, s3_endpoint=f"http://127.0.0.1:{other.server_port}")
+        with pytest.raises(StorageError, match=r"^cannot (read|remove)"):
+            (store.remove if b"<List" in body else store.read)("a")
+        other.shutdown()
 
 
 @pytest.mark.parametrize("url", ["https://b/x", "s3://", "s3://B/x", "s3://bucket/../x", "s3://bucket/a//b", "bucket"])
