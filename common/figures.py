@@ -51,7 +51,7 @@ class Figures(Link):
 
     def note_disk(self, host: str, disk: Disk) -> None:
         """Tell of the disk that a host keeps results on. It is forgotten when it is not told of for a minute."""
-        self._run("note_disk", host, *disk)
+        self._run("note_disk", host, disk.free, disk.size)
 
     def disks(self) -> dict[str, Disk]:
         """Return the disks that results are kept on, by host."""

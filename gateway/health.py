@@ -117,8 +117,8 @@ def create(checkup: Checkup) -> Api:
         """Tell how the fleet is: 503 without Redis, else 200, and `degraded` while anything is amiss.
 
         `reasons` says what, and what to do: no worker, or none that serves a model; a GPU that is gone or silent; a
-        disk for results that is nearly full; a storage for
-        pictures that does not answer; Redis' file that cannot be written; replicas that are away or lag.
+        disk for results that is nearly full, or mounted read-only; a storage for pictures that does not answer; Redis'
+        file that cannot be written; replicas that are away or lag.
         """
         found = checkup.look()
         if found.status == "unhealthy":

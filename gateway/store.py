@@ -145,8 +145,10 @@ class Reach:
 
     def _look(self) -> None:
         try:
-            if self._storage.disk() is None:
+            if (disk := self._storage.disk()) is None:
                 self._storage.check()
+            elif disk.read_only:
+                raise StorageError("the disk for results is mounted read-only; look at it, and at the kernel's log")
             trouble = ""
         except StorageError as error:
             trouble = f"pictures cannot be kept or fetched: {error.message}"

@@ -24,6 +24,7 @@ class Disk(NamedTuple):
 
     free: int
     size: int
+    read_only: bool = False  # it is mounted so, or has become it as it fails
 
 
 class BaseStorage(abc.ABC):

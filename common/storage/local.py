@@ -119,10 +119,10 @@ class Storage(BaseStorage):
             folder = self._root
             while not folder.exists():  # nothing has been stored yet
                 folder = folder.parent
-            usage = shutil.disk_usage(folder)
+            usage, flags = shutil.disk_usage(folder), os.statvfs(folder).f_flag
         except OSError as error:
             raise _told(error, "measure the disk") from error
-        return Disk(usage.free, usage.used + usage.free)  # as df has it
+        return Disk(usage.free, usage.used + usage.free, bool(flags & os.ST_RDONLY))  # sizes as df has them
 
     def _make(self, folder: Path) -> None:
         """Make sure that the folder is there, and stays there after a power cut."""

@@ -60,6 +60,10 @@ class SmallDisk:
         self.filler.unlink(missing_ok=True)
         self._mount("-o", "remount,size=64m", str(self.folder))
 
+    def freeze(self) -> None:
+        """Take no more writes, as a disk does that fails."""
+        self._mount("-o", "remount,ro", str(self.folder))
+
     @staticmethod
     def _mount(*options: str) -> None:
         done = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
@@ -75,6 +79,18 @@ class SmallRedis(RedisServer):
         self.command[0] = program or self.command[0]
         self.command[self.command.index("everysec")] = appendfsync
         self.log = log
+
+
+def test_a_disk_says_whether_it_takes_writes(settings: Settings, tmp_path: Path) -> None:
+    with SmallDisk(tmp_path / "small") as disk:
+        storage = open_storage(settings.model_copy(update={"data_dir": disk.folder}))
+        storage.put("a/0.png", b"x")
+        found = storage.disk()
+        disk.freeze()
+        assert found and not found.read_only and storage.disk() == found._replace(read_only=True)
+        with pytest.raises(StorageError, match="Read-only"):
+            storage.put("a/1.png", b"x")
+        assert storage.read("a/0.png") == b"x"
 
 
 class Submitter:

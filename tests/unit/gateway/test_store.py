@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 
 from common.errors import NotStored, StorageError
 from common.settings import Settings
+from common.storage.base import Disk
 from common.storage.local import Storage
 from gateway import store as module
 from gateway.store import Reach, Store
@@ -60,6 +61,16 @@ def test_an_error_that_comes_at_once_or_an_answer_that_is_no_does_not(
         with pytest.raises(type(error), match=error.message):
             kept.read("a/0.png")
     assert storage.asked == 2
+
+
+def test_a_disk_that_is_read_only_is_told_of(storage: Hanging, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.0)
+    reach = Reach(storage)
+    assert reach.reasons() == []
+    monkeypatch.setattr(storage, "disk", lambda: Disk(1, 2, read_only=True))
+    eventually(lambda: "mounted read-only" in " ".join(reach.reasons()))
+    monkeypatch.undo()
+    eventually(lambda: reach.reasons() == [])
 
 
 def test_a_look_that_hangs_is_told_of_by_those_who_ask_meanwhile_and_is_forgotten_when_it_answers(
