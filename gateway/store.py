@@ -41,6 +41,7 @@ class Store(BaseStorage):
         self._threads = Threads(8)
         self._disk_threads = Threads(1)  # apart, as new tasks wait for it
         self._silent_until = 0.0  # on time.monotonic's clock
+        self._answered = 0.0  # when it last did, on the same
 
     def put(self, key: str, data: bytes) -> None:
         self._call(self._storage.put, key, data)
@@ -101,18 +102,24 @@ class Store(BaseStorage):
             self._hangs(began)
             raise self._silence() from None
         except NotStored:
+            self._answers()
             raise
         except StorageError:
             if time.monotonic() - began >= SLOW_S:
                 self._hangs(began)
             raise
-        self._silent_until = 0.0
+        self._answers()
         return done
 
+    def _answers(self) -> None:
+        self._answered, self._silent_until = time.monotonic(), 0.0
+
     def _hangs(self, began: float) -> None:
+        """Spare others the wait, unless the storage has answered one of them since: then it has only much to do."""
         now = time.monotonic()
         log.warning("storage_hangs", duration_ms=round((now - began) * 1000, 1))
-        self._silent_until = now + SILENT_S
+        if self._answered < began:
+            self._silent_until = now + SILENT_S
 
     @staticmethod
     def _silence() -> StorageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -48,6 +49,24 @@ def test_a_call_that_took_long_and_failed_spares_others_the_wait_for_a_while(
             call()
     assert storage.asked == 1
     storage.error, kept._silent_until = None, 0.0
+    assert kept.read("a/0.png") == b"x"
+
+
+@pytest.mark.parametrize("key", ["a/0.png", "a/none.png"])
+def test_a_storage_that_answers_others_meanwhile_has_much_to_do_and_does_not_hang(
+    storage: Hanging, settings: Settings, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(module, "SLOW_S", 0.0)
+    kept = Store(storage, settings)
+
+    def late(_: str, data: bytes) -> None:
+        with contextlib.suppress(NotStored):
+            kept.read(key)
+        raise StorageError("timed out")
+
+    monkeypatch.setattr(storage, "put", late)
+    with pytest.raises(StorageError, match="timed out"):
+        kept.put("a/1.png", b"x")
     assert kept.read("a/0.png") == b"x"
 
 
