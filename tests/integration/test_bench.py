@@ -79,7 +79,7 @@ def test_the_viewers_in_their_short_form_measure_every_row(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
     unseen, watched, cost = found["rows"]
-    assert unseen["value"] > 0 and watched["value"] > 0
+    assert unseen["value"] >= 0 and watched["value"] >= 0  # a second's, in the hundredths that the kernel counts
     assert watched["measure"].endswith("3 look at the dashboard") and watched["note"].endswith("4 workers")
-    assert cost["goal"] == 0.05 and cost["value"] == pytest.approx(watched["value"] - unseen["value"])
+    assert cost["goal"] == 0.05 and cost["value"] == pytest.approx(watched["value"] - unseen["value"], abs=0.001)
     assert all(row["measure"] in done.stdout for row in found["rows"])
