@@ -48,6 +48,8 @@ class Recent(Wire):
     window_seconds: int = RECENT_S
     tasks_per_minute: float | None = Field(default=None, description="That ended, whichever way.")
     images_per_minute: float | None = None
+    crashes: int | None = Field(default=None, description="Of workers that died unasked or had to be killed.")
+    fuses: int | None = Field(default=None, description="Tasks stopped by their deadline or their model's run limit.")
     error_ratio: float | None = Field(default=None, description="Failed and expired, of those and the succeeded.")
     p50_seconds: float | None = Field(default=None, description="From submit to picture: half were as fast.")
     p95_seconds: float | None = None

@@ -19,6 +19,7 @@ WINDOWS: Mapping[str, int] = {"15m": 10, "6h": 240, "7d": 7200}  # with the seco
 STEPS = 90  # of a window, at most
 SLACK = 0.5  # of a step: two samples that are no further apart than this and a step have none missing between them
 OUTCOMES = ("succeeded", "failed", "canceled", "expired")
+TROUBLE = ("crashes", "fuses")  # which every sample counts, but for those of an earlier version
 TOOK = "took|"
 DURATIONS = Bounds(SECONDS)
 
@@ -33,9 +34,9 @@ class Waiting(Stored):
 class Sample(Stored):
     """How the fleet stood at some moment, `at` ms since 1970; what nobody told is None.
 
-    `counts` are counters summed over models: `submitted`, `images`, `tasks|<outcome>`, `took|<bound>`, and `joules`
-    once a GPU has told of any. They only grow, unless Redis has lost them. `lines` has what waits, by model and
-    priority.
+    `counts` are counters summed over models: `submitted`, `images`, `tasks|<outcome>`, `took|<bound>`, `crashes`,
+    `fuses`, and `joules` once a GPU has told of any. They only grow, unless Redis has lost them. `lines` has what
+    waits, by model and priority.
     """
 
     at: int
@@ -58,6 +59,8 @@ class Done(Wire):
     canceled: int | None = None
     expired: int | None = None
     images: int | None = None
+    crashes: int | None = Field(default=None, description="Of workers that died unasked or had to be killed.")
+    fuses: int | None = Field(default=None, description="Tasks stopped by their deadline or their model's run limit.")
     error_ratio: float | None = Field(
         default=None, description="Failed and expired, as a share of those and the succeeded; null without any."
     )
@@ -140,6 +143,8 @@ def recent(samples: Sequence[Sample], window_s: float, step_s: float, now_ms: in
         window_seconds=round(seconds),
         tasks_per_minute=round(sum(total[f"tasks|{name}"] for name in OUTCOMES) / seconds * 60, 3),
         images_per_minute=round(total["images"] / seconds * 60, 3),
+        crashes=made.crashes,
+        fuses=made.fuses,
         error_ratio=made.error_ratio,
         p50_seconds=made.p50_seconds,
         p95_seconds=made.p95_seconds,
@@ -150,7 +155,8 @@ def recent(samples: Sequence[Sample], window_s: float, step_s: float, now_ms: in
 def difference(before: Mapping[str, int], after: Mapping[str, int]) -> Counter[str]:
     """Return by how much counters grew; those that went back were lost meanwhile, and began anew from nothing."""
     lost = any(after.get(name, 0) < count for name, count in before.items())
-    return Counter({name: count - (0 if lost else before.get(name, 0)) for name, count in after.items()})
+    floor = {name: after[name] for name in TROUBLE if name in after} | dict(before)  # a first count may be of long ago
+    return Counter({name: count - (0 if lost else floor.get(name, 0)) for name, count in after.items()})
 
 
 def done(counts: Mapping[str, int]) -> Done:
@@ -162,6 +168,8 @@ def done(counts: Mapping[str, int]) -> Done:
     return Done(
         submitted=counts.get("submitted", 0),
         images=images,
+        crashes=counts.get("crashes", 0),
+        fuses=counts.get("fuses", 0),
         error_ratio=round(lost / (lost + outcomes["succeeded"]), 4) if lost + outcomes["succeeded"] else None,
         p50_seconds=DURATIONS.quantile(0.5, took),
         p95_seconds=DURATIONS.quantile(0.95, took),

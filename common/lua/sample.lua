@@ -11,12 +11,14 @@ redis.call('SET', K.SAMPLED, tostring(interval))
 
 local IS_LINE = {high = true, normal = true, low = true}
 
--- The counters of energy, tasks and pictures, whatever the model: that part of their fields is left out.
+-- The counters of energy, crashes, fuses, tasks and pictures, whatever the model or cause: that part of their fields is left
+-- out. Of crashes and fuses there is always a count, so that who reads knows that they were looked for.
 local function counters()
-  local kept, sums = {submitted = true, images = true, tasks = true, took = true}, {}
+  local kept = {submitted = true, images = true, tasks = true, took = true, fuses = true}
+  local sums = {crashes = 0, fuses = 0}
   local all = redis.call('HGETALL', K.COUNTS)
   for i = 1, #all, 2 do
-    if all[i] == 'joules' then sums.joules = tonumber(all[i + 1]) end
+    if all[i] == 'joules' or all[i] == 'crashes' then sums[all[i]] = tonumber(all[i + 1]) end
     local what, rest = string.match(all[i], '^(%l+)|[^|]+(.*)$')
     if kept[what] and rest ~= '|sum' then sums[what .. rest] = (sums[what .. rest] or 0) + all[i + 1] end
   end

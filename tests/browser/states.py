@@ -89,7 +89,7 @@ def fleet_of(
     }  # fmt: skip
     recent = {
         "window_seconds": 900, "tasks_per_minute": 41.2, "images_per_minute": 63.8, "error_ratio": 0.012,
-        "p50_seconds": 2.31, "p95_seconds": 6.9,
+        "p50_seconds": 2.31, "p95_seconds": 6.9, "crashes": 0, "fuses": 0,
     }  # fmt: skip
     state = {
         "at": datetime.now(UTC), "health": health, "suspended": False, "queues": [], "workers": workers,
@@ -102,7 +102,8 @@ def history(window: str, gap: range = range(30, 40)) -> dict[str, Any]:
     """A history as GET /api/history has it: p50 of 2 s, p95 of 6, ten points of which nothing is known."""
     step, now = WINDOWS_S[window] / POINTS, datetime.now(UTC)
     known = {
-        "submitted": 6, "succeeded": 6, "failed": 1, "canceled": 1, "expired": 0, "images": 9, "error_ratio": 0.0,
+        "submitted": 6, "succeeded": 6, "failed": 1, "canceled": 1, "expired": 0, "images": 9, "crashes": 0,
+        "fuses": 0, "error_ratio": 0.0,
         "p50_seconds": 2.0, "p95_seconds": 6.0, "queued": 3, "running": 2, "oldest_age_seconds": 4.0, "workers": 4,
         "gpu_utilisation_percent": 50.0, "gpu_memory_used_mb": 20_480, "joules_per_image": 812.0,
         "queues": [waits("turbo", "high", 1, 2.0), waits("turbo", "normal", 2, 4.0)],

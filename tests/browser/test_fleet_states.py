@@ -45,6 +45,22 @@ def test_the_verdict_says_in_a_line_how_the_fleet_is(staged: Staged) -> None:
     expect(verdict.get_by_role("strong")).to_have_text("Unhealthy")
 
 
+def test_crashes_and_tripped_fuses_of_late_stand_in_the_verdict_and_lead_to_the_failed_tasks(staged: Staged) -> None:
+    page, stage = staged()
+    verdict = page.get_by_role("status", name="Verdict")
+    stage.tell(fleet_of(worker()))
+    expect(verdict).to_contain_text("Healthy")
+    expect(verdict.get_by_role("link")).to_have_count(0)
+    recent = fleet_of()["recent"]
+    dead: dict[str, Any] = {"status": "degraded", "reasons": ("no worker is alive",)}
+    stage.tell(fleet_of(**dead, recent=recent | {"crashes": 4}))
+    expect(verdict).to_contain_text("4 crashes of workers in the last 15 min.")
+    stage.tell(fleet_of(**dead, recent=recent | {"crashes": 1, "fuses": 2}))
+    expect(verdict).to_contain_text("1 crash of a worker and 2 tasks stopped by a limit in the last 15 min.")
+    verdict.get_by_role("link", name="Failed tasks").click()
+    expect(page.get_by_role("combobox", name="State")).to_have_value("failed")
+
+
 def test_a_card_tells_what_a_worker_has_and_does(staged: Staged) -> None:
     page, stage = staged()
     stage.tell(fleet_of(worker(state="busy", runs=[run(3), run(0, 0, "1" * 32)])))

@@ -270,6 +270,22 @@ def test_energy_per_image_is_of_a_step_and_of_late(
     assert broker.recent().joules_per_image == 400.0, "idling included"
 
 
+def test_crashes_and_tripped_fuses_are_of_a_step_and_of_late(
+    broker: Broker, submit: SubmitFn, redis_server: RedisServer
+) -> None:
+    broker.reap("h.gpu0.d", crashed=True)
+    sampled(broker, redis_server)
+    for worker in "bc":
+        broker.reap(f"h.gpu0.{worker}", crashed=True)
+    submit()
+    (hold,) = claim(broker)
+    broker.finish("h.gpu0.a", hold, "failed", fuse="run_limit")
+    sampled(broker, redis_server)
+    sampled(broker, redis_server)
+    assert [(point.crashes, point.fuses) for point in broker.history("15m")] == [(2, 1), (0, 0)]
+    assert (broker.recent().crashes, broker.recent().fuses) == (2, 1)
+
+
 def test_without_gpus_or_workers_their_figures_are_null(broker: Broker, redis_server: RedisServer) -> None:
     broker.sample()
     due(redis_server)

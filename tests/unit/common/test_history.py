@@ -67,6 +67,12 @@ def test_what_grew_since_the_loss_is_counted_whole() -> None:
     assert difference({"a": 9, "b": 1}, {"b": 5}) == {"b": 5}, "one that is gone is lost as well"
 
 
+def test_crashes_that_an_earlier_version_did_not_sample_are_not_of_now() -> None:
+    found = points([sample(100, {"images": 1}), sample(110, {"images": 2, "crashes": 7}), sample(120, {"crashes": 9})])
+    assert [(point.images, point.crashes) for point in found[:1]] == [(1, 0)]
+    assert Recent().crashes is None and difference({"crashes": 7}, {"crashes": 9}) == {"crashes": 2}
+
+
 @given(st.integers(1, 50))
 def test_steps_that_nobody_sampled_are_nulls(missing: int) -> None:
     first, second = sample(100_000, {"images": 1}), sample(100_000 + (missing + 1) * STEP_S, {"images": 9}, queued=4)

@@ -30,7 +30,7 @@ def test_a_chart_has_a_point_for_each_step(client: FlaskClient, worker: FakeWork
     assert point == {
         "submitted": 2, "succeeded": 1, "failed": 0, "canceled": 0, "expired": 0, "images": 2, "error_ratio": 0.0,
         "queued": 1, "running": 0, "workers": 1, "gpu_utilisation_percent": None, "gpu_memory_used_mb": 1000,
-        "joules_per_image": None,
+        "joules_per_image": None, "crashes": 0, "fuses": 0,
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 // Whether all is well, in one line, and why not; and how old what is shown is.
 
+import { link } from "../address.js";
 import { h, keyed, say } from "../dom.js";
 import { whole } from "../format.js";
 
@@ -12,16 +13,17 @@ const WORDS = {
 const LATE_S = 20; // the stream says every 15 s that it lives
 const NAMED = 3; // workers that a reason names
 
-/** The line at the top: `show(health, { suspended, silent, since })`, with the names of workers that are not heard of, and since
- *  when nothing else was told where that is so. It is read out when it changes, and only then. */
+/** The line at the top: `show(health, { suspended, silent, since, recent })`, with the names of workers that are not heard of, since
+ *  when nothing else was told where that is so, and how it went of late. It is read out when it changes, and only then. */
 export function verdict() {
   const mark = h("span", { class: "mark", "aria-hidden": "true" });
   const word = h("strong");
   const about = h("span", { class: "faint" });
   const reasons = h("ul", { class: "reasons" });
+  const troubles = h("p", { class: "troubles", hidden: true }, h("span"), " ", h("a", { href: link("tasks", { status: "failed" }) }, "Failed tasks"));
   const element = h("section", { class: "card verdict", role: "status", "aria-label": "Verdict" },
-    mark, h("div", {}, h("p", {}, word, " ", about), reasons));
-  const show = (health, { suspended = false, silent = [], since = null } = {}) => {
+    mark, h("div", {}, h("p", {}, word, " ", about), reasons, troubles));
+  const show = (health, { suspended = false, silent = [], since = null, recent = null } = {}) => {
     const status = silent.length && health?.status === "healthy" ? "degraded" : health?.status;
     const [tone, sign, name] = WORDS[status] ?? WORDS.unknown;
     const paused = suspended && tone === "good";
@@ -34,10 +36,22 @@ export function verdict() {
       ...(silent.length ? [unheard(silent)] : []), ...(since ? [`What else is shown is of ${new Date(since).toLocaleTimeString()}.`] : []),
     ];
     keyed(reasons, why, (text) => text, (text) => h("li", {}, text), () => {});
+    const trouble = troubleOf(recent);
+    troubles.hidden = !trouble;
+    say(troubles.firstElementChild, trouble);
   };
   show(null);
   return { element, show };
 }
+
+/** What went wrong of late beside tasks, in a sentence; empty if nothing did. */
+function troubleOf(recent) {
+  const { crashes = 0, fuses = 0, window_seconds: span } = recent ?? {};
+  const found = [many(crashes, "crash of a worker", "crashes of workers"), many(fuses, "task stopped by a limit", "tasks stopped by a limit")];
+  return recent && (crashes || fuses) ? `${found.filter(Boolean).join(" and ")} in the last ${whole(span)}.` : "";
+}
+
+const many = (count, one, more) => (count ? `${count.toLocaleString("en")} ${count === 1 ? one : more}` : "");
 
 function unheard(names) {
   const rest = names.length > NAMED ? ` and ${names.length - NAMED} more` : "";

@@ -29,7 +29,7 @@ export async function show(main, account, signal) {
     const gone = health.status === "unhealthy";
     if (gone && !away && last) draw(last); // takes back what was guessed while nothing came
     away = gone;
-    said.show(health, { suspended, silent: away ? [] : silent, since: away ? last?.at : null });
+    said.show(health, { suspended, silent: away ? [] : silent, since: away ? last?.at : null, recent: last?.recent });
     for (const { element } of parts) element.classList.toggle("old", away);
   };
   const on = (fleet) => {
