@@ -61,7 +61,7 @@ def card_of(page: Page, worker: WorkerCard) -> list[str]:
     """What the card of a worker says: device, images, memory, state."""
     card = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name=worker.name))
     facts = dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
-    return [card.locator("header .tag").inner_text(), facts["Images"], facts["RSS"], facts["Runs"]]
+    return [card.locator("header .tag").inner_text(), facts["Images"], facts["Memory"], facts["Runs"]]
 
 
 @pytest.mark.parametrize("size", list(SIZES))

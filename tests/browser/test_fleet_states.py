@@ -14,6 +14,9 @@ from tests.browser.conftest import SIZES, Fleet, Visit
 from tests.browser.states import Stage, fleet_of, history, run, waits, worker
 
 Past = Callable[[str], dict[str, Any]]
+UNKNOWN = (
+    "oldest_age_seconds", "error_ratio", "joules_per_image", "gpu_utilisation_percent", "gpu_memory_used_mb",
+)  # fmt: skip
 Staged = Callable[..., tuple[Page, Stage]]
 
 
@@ -248,13 +251,30 @@ def test_of_very_many_queues_the_fullest_have_lines_and_the_rest_is_told(staged:
 
 
 def test_nothing_that_waits_looks_calm_and_what_is_not_known_is_not_there(staged: Staged) -> None:
-    page, _ = staged(past=past_of(queues=[], queued=0, oldest_age_seconds=None, joules_per_image=None))
+    page, _ = staged(past=past_of(queues=[], queued=0, **dict.fromkeys(UNKNOWN)))
     wait = chart_of(page, "Oldest wait")
     expect(wait.get_by_role("img")).to_have_accessible_name(re.compile("minutes: last 0 s, lowest 0 s, highest 0 s"))
     expect(wait.locator(".legend b")).to_have_text(["0 s"])
     expect(wait.locator(".others .legend")).to_have_count(0)
     assert wait.locator("path.line").count() == 2, "a line at nothing, broken where nothing is known"
-    expect(chart_of(page, "Energy per image")).to_be_hidden()
+    for title in ("Energy per image", "GPU memory", "GPU utilisation"):
+        expect(chart_of(page, title)).to_be_hidden()
+    unknown = chart_of(page, "Error rate").get_by_role("img")
+    expect(unknown).to_contain_text("Nothing is known")
+    expect(unknown).not_to_contain_text("%")
+
+
+def test_plots_that_stand_beside_one_another_stand_on_one_line(staged: Staged) -> None:
+    page, _ = staged(past=past_of(images=4321, succeeded=3210))  # too long for one line of a legend
+    plots = [chart_of(page, title).get_by_role("img") for title in ("Throughput", "Time to image", "Workers")]
+    expect(plots[0]).to_have_accessible_name(re.compile("images: last "))
+    assert len({box["y"] for plot in plots if (box := plot.bounding_box())}) == 1
+
+
+@pytest.mark.parametrize(("size", "order"), [("desktop", "Trends Queues Workers"), ("phone", "Queues Workers Trends")])
+def test_on_a_phone_workers_come_before_the_charts(staged: Staged, size: str, order: str) -> None:
+    page, _ = staged(size)
+    expect(page.get_by_role("heading", level=2)).to_contain_text(order.split())
 
 
 def test_energy_per_image_is_a_chart_where_anybody_tells_of_it(staged: Staged) -> None:

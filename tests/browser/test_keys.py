@@ -11,7 +11,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import SIZES, Fleet, Visit, asked_for_key
 from tests.servers import eventually
-from tests.tenants import new_key, revoke
+from tests.tenants import bearer, new_key, revoke
 
 Operate = Callable[..., Page]
 LOOK_MS = 5000  # between looks at the list
@@ -82,6 +82,39 @@ def test_a_key_is_made_shown_once_rotated_and_revoked(operate: Operate, fleet: F
     expect(row).to_contain_text("revoked")
     expect(row.get_by_role("button")).to_have_count(0)
     expect(page.get_by_role("region", name="Keys", exact=True)).to_be_focused()  # what had it is gone
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_what_is_done_with_a_key_is_in_view_however_long_its_tenants_name_is(
+    operate: Operate, fleet: Fleet, size: str
+) -> None:
+    tenant = f"{size}-".ljust(32, "w")
+    key_id = new_key(fleet.broker, tenant).split("_")[1]
+    page = operate(size)
+    within = page.get_by_role("region", name="Keys", exact=True).bounding_box()
+    assert within is not None
+    for verb in ("Rotate", "Revoke"):
+        box = ring(page).get_by_role("button", name=f"{verb} {key_id}").bounding_box()
+        assert box is not None
+        assert within["x"] <= box["x"] and box["x"] + box["width"] <= within["x"] + within["width"] + 1
+    expect(ring(page).get_by_title(tenant)).to_be_visible()
+
+
+def test_with_the_first_key_the_bar_says_at_once_who_is_reading(visit: Callable[..., Visit], fleet: Fleet) -> None:
+    seen = visit(extra_http_headers=bearer(fleet.admin))  # let in without a key of the page's own
+    nobody = {"tenant": "default", "admin": True, "key_id": None}
+    seen.page.route("**/api/me", lambda route: route.fulfill(json=nobody))
+    seen.page.goto(f"{seen.url}/#/operate")
+    bar = seen.page.get_by_role("banner")
+    expect(bar).to_contain_text("tenant default")
+    expect(bar.get_by_role("button", name="Sign out")).to_have_count(0)
+    ring(seen.page).get_by_role("button", name="New key …").click()
+    dialog = seen.page.get_by_role("dialog", name="New API key")
+    dialog.get_by_label("Tenant").fill("firstborn")
+    dialog.get_by_role("button", name="Make the key").click()
+    seen.page.get_by_role("button", name="I have kept it").click()
+    expect(bar).to_contain_text("tenant firstborn")
+    expect(bar.get_by_role("button", name="Sign out")).to_be_visible()
 
 
 def test_what_the_gateway_refuses_is_said_as_it_says_it(visit: Callable[..., Visit], fleet: Fleet) -> None:

@@ -130,6 +130,16 @@ def test_what_a_webhook_was_told_and_what_came_of_it_stands_in_a_table(visit: Vi
         assert (seen.sideways(), seen.nameless()) == (0, [])
 
 
+def test_the_cards_of_a_task_without_pictures_begin_on_one_line(visit: VisitFn, fleet: Fleet, client: Client) -> None:
+    task_id = client.submit("never", model="slow").task_id
+    client.cancel(task_id)
+    seen = visit()
+    seen.open(fleet.tenant, f"#/tasks/{task_id}")
+    expect(seen.page.locator(".state")).to_have_text("canceled")
+    cards = [seen.page.get_by_role("region", name=name) for name in ("Time", "Request")]
+    assert len({box["y"] for card in cards if (box := card.bounding_box())}) == 1
+
+
 def test_a_task_that_waits_shows_its_place_and_expires(visit: VisitFn, fleet: Fleet, client: Client) -> None:
     before = [client.submit("first", model="slow").task_id for _ in range(4)]
     task_id = client.submit("late", model="slow", deadline_s=2.5).task_id

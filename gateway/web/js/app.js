@@ -73,11 +73,16 @@ function drawBar(current) {
   const names = account ? Object.keys(MENU).filter((name) => account.admin || !FOR_ADMINS.includes(name)) : [];
   const link = (name) => h("a", { href: `#/${name}`, "aria-current": name === current ? "page" : null }, MENU[name].title);
   document.getElementById("nav").replaceChildren(...names.map(link));
+  drawAccount();
+}
+
+/** Say in the bar who is reading. */
+export function drawAccount() {
   const signOut = () => {
     key.forget();
     begin();
   };
-  const who = account ? [h("span", {}, account.tenant), key.get() ? h("button", { type: "button", onclick: signOut }, "Sign out") : null] : [];
+  const who = account ? [h("span", { title: account.tenant }, `tenant ${account.tenant}`), key.get() ? h("button", { type: "button", onclick: signOut }, "Sign out") : null] : [];
   document.getElementById("account").replaceChildren(themeButton(), ...who.filter(Boolean));
 }
 

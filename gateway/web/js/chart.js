@@ -82,15 +82,16 @@ export class Chart {
     if (!this.width) return;
     const { svg, width } = this;
     const known = this.lines.flat().filter((value) => value !== null);
-    const ticks = this.scale.ticks(Math.max(0, ...known));
+    const ticks = known.length ? this.scale.ticks(Math.max(0, ...known)) : [0];
     const to = this.times.at(-1) ?? Date.now();
     const from = to - this.seconds * 1000;
     this.x = (time) => PAD.left + ((time - from) / (to - from)) * (width - PAD.left - PAD.right);
-    this.y = (value) => HEIGHT - PAD.bottom - (value / ticks.at(-1)) * (HEIGHT - PAD.top - PAD.bottom);
+    this.y = (value) => HEIGHT - PAD.bottom - (value / (ticks.at(-1) || 1)) * (HEIGHT - PAD.top - PAD.bottom);
     svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.cursor = s("g", { class: "cursor" });
     svg.replaceChildren(
-      ...ticks.map((tick) => axis(PAD.left, width - PAD.right, this.y(tick), this.scale.label(tick))),
+      ...ticks.map((tick) => axis(PAD.left, width - PAD.right, this.y(tick), known.length ? this.scale.label(tick) : "")),
+      ...(known.length ? [] : [s("text", { x: (PAD.left + width - PAD.right) / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "Nothing is known")]),
       ...marks(from, to, (width - PAD.left - PAD.right) / 44).map(([time, text]) => mark(this.x(time), text, width)),
       ...this.lines.flatMap((values, index) => this.#line(values, this.shown[index].style)), this.cursor);
     svg.setAttribute("aria-label", this.#summary());

@@ -29,8 +29,8 @@ const CHARTS = [
   { title: "Workers", scale: counts, series: [line("workers")] },
   { title: "Queue depth", scale: counts, series: [line("queued"), line("running")], wide: true, each: (queue) => queue.queued },
   { title: "Oldest wait", scale: times, series: [line("of all", oldest)], wide: true, each: (queue) => queue.oldest_age_seconds },
-  { title: "GPU utilisation", scale: ratios(true), series: [line("utilisation", (point) => share(point.gpu_utilisation_percent))] },
-  { title: "GPU memory", scale: memory, series: [line("gpu_memory_used_mb")] },
+  { title: "GPU utilisation", scale: ratios(true), series: [line("utilisation", (point) => share(point.gpu_utilisation_percent))], optional: true },
+  { title: "GPU memory", scale: memory, series: [line("gpu_memory_used_mb")], optional: true },
   { title: "Energy per image", scale: energy, series: [line("joules_per_image")], optional: true },
 ];
 

@@ -12,7 +12,7 @@ const FACTS = [
   ["Power", (card) => unit(card.gpu?.power_w, "W")],
   ["Images", (card) => card.images_done.toLocaleString("en")],
   ["Uptime", (card, at) => seconds(Math.max(0, age(card.started_at, at)))],
-  ["RSS", (card) => mib(card.rss_mb)],
+  ["Memory", (card) => mib(card.rss_mb)],
   ["Runs", (card) => `${card.runs.length} of ${card.capacity}`],
 ];
 
@@ -73,7 +73,7 @@ function make(card) {
     h("header", {}, h("h3", {}, card.name), h("span", { class: "tag", dataset: { part: "state" } })),
     h("p", { class: "faint", dataset: { part: "device" } }),
     h("p", { class: "bad", dataset: { part: "silence" }, hidden: true }),
-    h("div", { class: "gauges" }, meter("Utilisation", "use"), meter("Memory", "memory")),
+    h("div", { class: "gauges" }, meter("Utilisation", "use"), meter("GPU memory", "memory")),
     h("dl", { class: "facts" }, FACTS.map(([name]) => h("div", {}, h("dt", {}, name), h("dd", { class: "number" })))),
     h("ul", { class: "chips", "aria-label": "Models", dataset: { part: "models" } }),
     h("ul", { class: "runs", "aria-label": "Runs", dataset: { part: "runs" } }));

@@ -1,6 +1,7 @@
 // API keys: the list as it is by now, making one, rotating, revoking.
 
 import { get, key as own, post } from "../api.js";
+import { drawAccount } from "../app.js";
 import { confirm } from "../dialog.js";
 import { h, keyed, say } from "../dom.js";
 import { moment, number } from "../format.js";
@@ -33,7 +34,7 @@ export function keys(account, signal) {
   const none = h("p", { class: "faint flat", hidden: true },
     "No key was ever made: whoever is on the gateway's machine is served, and nobody else. With the first key, nobody is served without one.");
   const table = h("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": "Keys" },
-    h("table", { class: "keys" }, h("thead", {}, h("tr", {}, [...COLUMNS, ""].map((name) => h("th", { scope: "col" }, name)))), rows));
+    h("table", { class: "keys" }, h("thead", {}, h("tr", {}, [...COLUMNS, ""].map((name) => h("th", { scope: "col", class: name ? null : "kept" }, name)))), rows));
   let turn = 0; // raised with each look, so that the answer to an earlier one is dropped
   const load = async () => {
     const mine = (turn += 1);
@@ -68,7 +69,8 @@ export function keys(account, signal) {
 /** Go on with this key. */
 function become(account, made) {
   own.replace(made.key);
-  account.key_id = made.key_id;
+  Object.assign(account, { key_id: made.key_id, tenant: made.tenant });
+  drawAccount();
 }
 
 function row(key, account, line, refresh) {
@@ -90,11 +92,12 @@ function row(key, account, line, refresh) {
   };
   const labelled = (verb, work, props) => button(`${verb} …`, line, work, { ...props, "aria-label": `${verb} ${key.key_id}` });
   return h("tr", {}, CELLS.map((_, index) => (index ? h("td", { class: "number" }) : h("th", { scope: "row", class: "number" }))),
-    h("td", {}, h("div", { class: "row tight" }, labelled("Rotate", rotate), labelled("Revoke", revoke, { class: "danger" }))));
+    h("td", { class: "kept" }, h("div", { class: "row tight" }, labelled("Rotate", rotate), labelled("Revoke", revoke, { class: "danger" }))));
 }
 
 function write(element, key) {
   CELLS.forEach((of, index) => say(element.children[index], of(key)));
+  element.children[1].title = key.tenant;
   element.children[2].className = TONES[key.state];
   element.className = key.state === "active" || key.state === "retiring" ? "" : "faint";
   const [rotate, revoke] = element.querySelectorAll("button");

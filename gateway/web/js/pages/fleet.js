@@ -9,15 +9,17 @@ import { workers } from "../fleet/workers.js";
 import { watch } from "../live.js";
 
 const TICK_MS = 2000;
+const NARROW = "(max-width: 40rem)"; // where charts would stand one below the other, before the workers
 
 export const title = "Fleet";
 
 export async function show(main, account, signal) {
   const fresh = freshness(signal);
   const [said, now, waiting, cards, charts] = [verdict(), tiles(), queues(), workers(), trends(signal)];
+  const below = [waiting.element, cards.element];
   main.append(
     h("div", { class: "row spread" }, h("h1", {}, title), fresh.element),
-    h("div", { class: "stack" }, said.element, now.element, charts.element, waiting.element, cards.element));
+    h("div", { class: "stack" }, said.element, now.element, ...(matchMedia(NARROW).matches ? [...below, charts.element] : [charts.element, ...below])));
   let [last, came, silent, away] = [null, 0, [], false];
   const parts = [now, waiting, cards];
   const draw = (fleet) => {

@@ -10,7 +10,7 @@ import { followTask } from "../tasks/following.js";
 import { gallery } from "../tasks/pictures.js";
 import { progressOf } from "../tasks/progress.js";
 import { requestOf } from "../tasks/snippets.js";
-import { isOpen, mayRetry, outcomeKind, stateTag } from "../tasks/states.js";
+import { isOpen, mayRetry, outcomeKind, outcomeWord, stateTag } from "../tasks/states.js";
 import { waterfall } from "../tasks/waterfall.js";
 
 export const title = "Task";
@@ -105,7 +105,7 @@ function attempts(task) {
   const head = ["#", "Outcome", "Took", "Worker", "GPU", "Began"].map((name) => h("th", { scope: "col", class: name === "Took" ? "number" : null }, name));
   const rows = task.attempts.map((one, index) => h("tr", {},
     h("td", {}, index + 1),
-    h("td", { class: outcomeKind(one.outcome) }, one.outcome),
+    h("td", { class: outcomeKind(one.outcome) }, outcomeWord(one.outcome)),
     h("td", { class: "number" }, one.ended_at ? seconds((Date.parse(one.ended_at) - Date.parse(one.started_at)) / 1000) : "–"),
     h("td", {}, one.worker),
     h("td", {}, one.gpu),

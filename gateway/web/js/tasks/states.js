@@ -14,6 +14,9 @@ export const mayRetry = (status) => !isOpen(status) && status !== "succeeded";
 
 export const stateTag = (status) => h("span", { class: `tag state ${KIND[status] ?? "faint"}` }, status);
 
+/** Return an attempt's outcome in words. */
+export const outcomeWord = (outcome) => (outcome === "released" ? "given back" : outcome);
+
 /** Return how an attempt's or a delivery's outcome is coloured. */
 export const outcomeKind = (outcome) =>
   ["succeeded", "delivered"].includes(outcome) ? "good"
