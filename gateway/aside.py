@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -25,7 +24,6 @@ class Threads:
         """`patience_s` is the longest that a call waits for its turn; None: without end."""
         self._count = count
         self._patience_s = patience_s
-        self._turns = threading.BoundedSemaphore(count)
 
     def run(self, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Return what `call` returns, or raise what it raises, and TooBusy when its turn does not come.
@@ -67,6 +65,13 @@ class Threads:
             return returned
 
         return result
+
+    @functools.cached_property
+    def _turns(self) -> Any:
+        # not threading's: it takes a lock of its own, for which the event loop, where turns end, could not wait
+        from gevent.lock import BoundedSemaphore  # type: ignore[import-untyped]
+
+        return BoundedSemaphore(self._count)
 
     @functools.cached_property
     def _pool(self) -> Any:

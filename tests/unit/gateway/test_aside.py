@@ -52,6 +52,15 @@ assert [one.value for one in crowd].count("too_busy") == 96, [one.value for one 
 assert time.perf_counter() - began < 4
 assert hasty.run(count, 0.01) == 0.01
 
+def come_and_go(number):
+    gevent.sleep(number % 7 / 1000)
+    return busy.run(divmod, number, 2)
+
+busy = Threads(2)
+jobs = [gevent.spawn(come_and_go, number) for number in range(1000)]
+gevent.joinall(jobs, timeout=30)
+assert [job.value for job in jobs] == [divmod(number, 2) for number in range(1000)], "turns are lost"
+
 def late(call, *args):
     began = time.perf_counter()
     try:
