@@ -54,7 +54,7 @@ bench: .venv/.develops servers ## what a task costs beside the model, measured h
 load: .venv/.develops ## many clients against a fleet of simulated workers
 	@exec $(RUN) loadtest.run
 
-fuzz: .venv/.develops servers ## the gateway against its own description, some 2 minutes: CASES=5000 SEED=1
+fuzz: .venv/.develops servers ## the gateway against its own description, some 10 minutes: CASES=5000 SEED=1
 	@exec $(RUN) tests.fuzz.run $${CASES:+"--cases=$$CASES"} $${SEED:+"--seed=$$SEED"}
 
 faults: export ZFLEET_FAULTS = long
