@@ -40,12 +40,12 @@ class Figures(Link):
 
     def history(self, window: str) -> list[Point]:
         """Return the steps of one of WINDOWS, oldest first."""
-        return history.points(self._samples(window), WINDOWS[window], self._now_ms())
+        return history.points(self._samples(window), WINDOWS[window], self.clock_ms())
 
     def recent(self) -> Recent:
         """Return what was done in the last quarter of an hour, as of the last seconds."""
         if time.monotonic() >= self._recent_until:
-            self._recent = history.recent(self._samples(RECENT), RECENT_S, WINDOWS[RECENT], self._now_ms())
+            self._recent = history.recent(self._samples(RECENT), RECENT_S, WINDOWS[RECENT], self.clock_ms())
             self._recent_until = time.monotonic() + RECENT_TTL_S
         return self._recent
 
@@ -55,7 +55,7 @@ class Figures(Link):
 
     def disks(self) -> dict[str, Disk]:
         """Return the disks that results are kept on, by host."""
-        now_ms = self._now_ms()
+        now_ms = self.clock_ms()
         found: dict[str, str] = self._patiently(lambda: self._redis.hgetall(keys.DISKS))
         told = {host: text.split(" ") for host, text in found.items()}
         return {
@@ -71,8 +71,3 @@ class Figures(Link):
     def _samples(self, window: str) -> list[Sample]:
         texts: list[str] = self._patiently(lambda: self._redis.lrange(keys.HISTORY + window, 0, -1))
         return [Sample.model_validate_json(text) for text in texts]
-
-    def _now_ms(self) -> int:
-        """Return the milliseconds since 1970 by Redis' clock, which all that is kept there is dated by."""
-        seconds, micros = self._patiently(self._redis.time)
-        return int(seconds) * 1000 + int(micros) // 1000

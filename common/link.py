@@ -40,6 +40,11 @@ class Link:
         self._bell: Any = connect(url, timeout_s=bell_s, pool_size=BELL_POOL_SIZE, connected=heard)
         self._retention_ms = int(settings.retention_days * 86_400_000)
 
+    def clock_ms(self) -> int:
+        """Return the milliseconds since 1970 by Redis' clock, which all that is kept there is dated by."""
+        seconds, micros = self._patiently(self._redis.time)
+        return int(seconds) * 1000 + int(micros) // 1000
+
     def close(self) -> None:
         """Close all connections."""
         self._redis.close()

@@ -51,11 +51,6 @@ class Operating(Link):
         """Have this very worker finish what it has and end, so that its supervisor starts another in its place."""
         self._patiently(lambda: self._redis.set(keys.RESTART + worker, 1, ex=RESTART_TTL_S))
 
-    def clock_ms(self) -> int:
-        """Return Redis' time, since 1970."""
-        seconds, micros = self._patiently(self._redis.time)
-        return int(seconds) * 1000 + int(micros) // 1000
-
     def failed(
         self, *, model: str | None = None, tenant: str | None = None, after: Place | None = None
     ) -> Iterator[FailedTask]:
