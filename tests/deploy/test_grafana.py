@@ -57,6 +57,15 @@ def filled(expression: str) -> str:
 # What is loaded
 
 
+def test_figures_of_the_page_stand_out_where_the_alerts_would_come() -> None:
+    source = (FOLDER.parents[1] / "gateway" / "web" / "js" / "fleet" / "figures.js").read_text("utf-8")
+    marks = re.search(r"\[LATE_S, LATE_LOW_S, MOST_ERRORS\] = \[(.+), (.+), (.+)\]", source)
+    assert marks is not None
+    rules = {rule["alert"]: rule["expr"] for rule in RULES if "alert" in rule}
+    assert re.findall(r"> ([0-9.]+)", rules["ZfleetOldestWait"]) == [marks[1], marks[2]]
+    assert re.findall(r"> ([0-9.]+)", rules["ZfleetErrors"])[0] == marks[3]
+
+
 def test_the_dashboard_is_built_of_its_panels() -> None:
     program = "import build, pathlib; print(build.text() == build.PLACE.read_text('utf-8'))"
     done = subprocess.run([sys.executable, "-c", program], cwd=FOLDER, capture_output=True, text=True, check=False)
